@@ -1,0 +1,176 @@
+"""Strict yaml configuration for every entry point.
+
+A yaml names only what differs from its base::
+
+    base: base/train.yaml        # one path, or a list merged in order; relative to this file
+    network: {latent_tokens: 512}
+
+``load`` merges the bases, the file and ``key=value`` overrides, then builds a tree of dataclasses. Each component owns its
+dataclass, next to the code that reads it. A key that no dataclass declares, or a value of another type, is an error of one line.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+BASE_KEY = "base"
+
+
+class UserError(Exception):
+    """Bad input, told in one line: what is wrong, and where. Commands print it and exit with code 2."""
+
+
+def load(config_class: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read ``path`` with its bases, apply ``overrides`` (``a.b=value``, values in yaml syntax), and build ``config_class``.
+
+    Raises:
+        UserError: missing file, invalid yaml, unknown key, missing key or wrong type.
+    """
+    merged = _read_with_bases(Path(path), ())
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise UserError(f"override {override!r} is not of the form key=value")
+        try:
+            merged = typing.cast(DictConfig, OmegaConf.merge(merged, OmegaConf.from_dotlist([override])))
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+            raise UserError(f"override {override!r}: {_first_line(error)}") from error
+    try:
+        tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from error
+    return build(config_class, typing.cast(dict[str, Any], tree), where=str(path))
+
+
+def build(config_class: type[T], tree: dict[str, Any], where: str) -> T:
+    """Build ``config_class`` from a plain tree. ``where`` names the tree's origin in errors.
+
+    Raises:
+        UserError: unknown key, missing key or wrong type.
+    """
+    known = [key for key, _, _ in describe(config_class)]
+    _refuse_unknown_keys(config_class, tree, where, "", known)
+    try:
+        # Through JSON: strict validation then still turns lists into the tuples that frozen dataclasses hold.
+        return TypeAdapter(config_class).validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {key or 'top level'}: {message}{got if len(got) < 100 else ''}") from error
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The plain tree (dicts, lists, scalars) of a config dataclass; ``build`` is its inverse."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved yaml of a config dataclass."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def describe(config_class: type) -> Iterator[tuple[str, str, str]]:
+    """Every key of a config class as (dotted name, type, default); an empty default means that the key is required."""
+    yield from _describe(config_class, "")
+
+
+def _describe(config_class: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        nested = _dataclasses_in(hints[field.name])
+        if nested:
+            for option in nested:
+                yield from _describe(option, f"{prefix}{field.name}.")
+            continue
+        default = ""
+        if field.default is not dataclasses.MISSING:
+            default = json.dumps(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = json.dumps(field.default_factory())
+        hint = hints[field.name]
+        yield f"{prefix}{field.name}", hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", ""), default
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its bases form a circle")
+    if not path.is_file():
+        raise UserError(f"no such yaml file: {path}")
+    try:
+        own = OmegaConf.load(path)  # a safe loader that also reads 5e-3 as a number and refuses duplicate keys
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not valid yaml: {_first_line(error)}") from error
+    if not isinstance(own, DictConfig):
+        raise UserError(f"{path}: the top level must be a mapping of keys to values")
+    bases = own.pop(BASE_KEY, [])
+    bases = [bases] if isinstance(bases, str) else list(bases)
+    merged = [_read_with_bases(path.parent / base, (*seen, path.resolve())) for base in bases]
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(*merged, own))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: does not merge with its bases: {_first_line(error)}") from error
+
+
+def _refuse_unknown_keys(config_class: type, tree: Any, where: str, prefix: str, known: list[str]) -> None:
+    if not isinstance(tree, dict):
+        return  # a wrong type, which validation reports
+    hints = typing.get_type_hints(config_class)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    for key, value in tree.items():
+        if key not in names:
+            raise UserError(f"{where}: unknown key '{prefix}{key}'{_suggestion(str(key), prefix, names, known)}")
+        options = _dataclasses_in(hints[key])
+        if options and isinstance(value, dict):
+            chosen = _option_of_kind(options, value)
+            if chosen is not None:
+                _refuse_unknown_keys(chosen, value, where, f"{prefix}{key}.", known)
+
+
+def _suggestion(key: str, prefix: str, siblings: list[str], known: list[str]) -> str:
+    near = difflib.get_close_matches(key, siblings, n=1)
+    if near:
+        return f"; did you mean '{prefix}{near[0]}'?"
+    by_last_part = {name.rsplit(".", 1)[-1]: name for name in known}
+    near = difflib.get_close_matches(key, list(by_last_part), n=1)
+    if near:
+        return f"; did you mean '{by_last_part[near[0]]}'?"
+    nearest = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)
+    return f"; the nearest is '{prefix}{nearest[0]}'" if nearest else ""
+
+
+def _option_of_kind(options: list[type], value: dict[str, Any]) -> type | None:
+    """Of the dataclasses of a union, the one whose ``kind`` default matches; of one, that one."""
+    if len(options) == 1:
+        return options[0]
+    for option in options:
+        kinds = typing.get_args(typing.get_type_hints(option).get("kind"))
+        if value.get("kind") in kinds:
+            return option
+    return None
+
+
+def _dataclasses_in(hint: Any) -> list[type]:
+    """The dataclasses of a hint: itself, or the members of a union such as ``A | None``."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return [hint]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [option for member in typing.get_args(hint) for option in _dataclasses_in(member)]
+    return []
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:2]) if lines else type(error).__name__
