@@ -1,0 +1,112 @@
+# `make` lists the targets. Every target sets up what it needs; nothing needs root.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+
+PYTHON ?= python3.11 python3
+export DATA ?=
+ARGS ?=
+
+# A Python setting of another project must not leak into the virtual environment.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
+
+# glibc returns large freed blocks to the kernel, and the page faults that follow made a training step on a CPU up to ten
+# times slower. Read when a process starts, so it is set here. 32 MiB is the largest threshold that glibc accepts.
+export MALLOC_MMAP_THRESHOLD_ := 33554432
+export MALLOC_TRIM_THRESHOLD_ := 8589934592
+export MALLOC_TOP_PAD_ := 1073741824
+
+# One stamp for each state of the pins and each place of the checkout (the scripts in .venv/bin hold absolute paths).
+STAMP := .venv/.stamp-$(shell (cat requirements.txt pyproject.toml; pwd -P) | sha256sum | cut -c1-16)
+
+.PHONY: help setup test test-all lint format demo requirements clean FORCE
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+setup: $(STAMP)  ## create .venv with everything pinned (about 7 GB; once)
+
+# A virtual environment whose interpreter is gone is no virtual environment.
+$(STAMP): $(if $(wildcard .venv/bin/python),,FORCE)
+	@mkdir -p .setup
+	exec 9> .setup/lock; flock 9
+	if [ -e $@ ] && [ -x .venv/bin/python ]; then exit 0; fi  # another make did it while this one waited
+	fail() { echo "error: $$*" >&2; exit 1; }
+	python=
+	for candidate in $(PYTHON); do
+		python=$$("$$candidate" -c 'import sys; print(sys.executable if sys.version_info[:2] == (3, 11) else "")' 2> /dev/null) || true
+		if [ -n "$$python" ]; then break; fi
+	done
+	[ -n "$$python" ] || fail "Python 3.11 not found (tried: $(PYTHON)); install it or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11"
+
+	# uv: the one on PATH, or the pinned one from a private folder. A Debian without python3-venv still has pip, or the reverse.
+	uv=uv
+	if ! uv --version > /dev/null 2>&1; then
+		uv=.setup/uv/bin/uv
+		if ! "$$uv" --version > /dev/null 2>&1; then
+			echo "setup: fetching uv"
+			sed -n '/^uv==/,/^ *# via/p' requirements.txt > .setup/uv.txt
+			rm -rf .setup/uv
+			if "$$python" -m venv .setup/uv > /dev/null 2>&1; then
+				.setup/uv/bin/python -m pip install --quiet --require-hashes -r .setup/uv.txt || fail "could not install uv: see above"
+			else
+				rm -rf .setup/uv
+				"$$python" -m pip --version > /dev/null 2>&1 || fail "$$python has neither pip nor venv; install one (Debian: python3-venv), or uv"
+				"$$python" -m pip install --quiet --require-hashes --target .setup/uv -r .setup/uv.txt || fail "could not install uv: see above"
+			fi
+		fi
+	fi
+
+	# Hard links from uv's cache where it can; a cache on another file system is copied from without a warning.
+	cache=$$("$$uv" cache dir)
+	mkdir -p "$$cache"
+	if [ -z "$${UV_LINK_MODE:-}" ] && [ "$$(stat -c %d "$$cache")" != "$$(stat -c %d .)" ]; then export UV_LINK_MODE=copy; fi
+
+	# .incomplete marks an installation that was interrupted: half a package looks installed, so start again from the cache.
+	if [ -e .venv/.incomplete ] || ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null; then
+		rm -rf .venv
+		echo "setup: creating .venv with $$python"
+		"$$uv" venv --quiet --python "$$python" .venv
+	fi
+	touch .venv/.incomplete
+	rm -f .venv/.stamp-*
+	echo "setup: installing the pinned packages (7 GB; a few minutes the first time)"
+	# Compiled now, or every process of a run compiles the imports of torch and Composer anew where it may not write them.
+	"$$uv" pip sync --python .venv/bin/python --require-hashes --compile-bytecode requirements.txt
+	"$$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	rm .venv/.incomplete
+	touch $@
+	echo "setup: done"
+
+test: lint  ## lint, then the quick tests
+	@$(PYTEST) -m "not slow"
+
+test-all: lint  ## lint, then all tests
+	@$(PYTEST)
+
+# Two workers, each with its own files: fixtures of a file (a Spark session, shards) are built once.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: setup  ## ruff (lint and format) and mypy
+	@.venv/bin/ruff check --quiet .
+	.venv/bin/ruff format --check --quiet .
+	.venv/bin/mypy --no-error-summary
+
+format: setup  ## rewrite the sources in the house format
+	@.venv/bin/ruff check --quiet --fix .
+	.venv/bin/ruff format .
+
+demo: setup  ## raw videos to generated clips; DATA=folder takes your own videos and images
+	@.venv/bin/python -m pipelines.demo yamls/demo/demo.yaml $${DATA:+"data=$$DATA"} $(ARGS)
+
+requirements: setup  ## pin anew what requirements.in and requirements-dev.in ask for; UPGRADE=1 takes the newest
+	@uv=.venv/bin/uv
+	"$$uv" pip compile --quiet requirements.in requirements-dev.in --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make requirements" $(if $(UPGRADE),--upgrade) --output-file requirements.txt
+
+clean:  ## remove .venv and caches; runs/ stays
+	@rm -rf .venv .setup .pytest_cache .mypy_cache .ruff_cache snapvideo.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
