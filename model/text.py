@@ -4,6 +4,7 @@ import hashlib
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,9 +52,8 @@ class TextEncoder:
 
         A caption's states do not depend on the others in the call: padding is masked in the encoder.
         """
-        tokens = self.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self.device)
+        tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        tokens = tokens.to(self.device)
         states = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         lengths = tokens.attention_mask.sum(dim=1).tolist()
         return [state[:length].to("cpu", torch.bfloat16) for state, length in zip(states, lengths, strict=True)]
@@ -75,11 +75,21 @@ def revision(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def pack(states: Tensor) -> "numpy.ndarray":  # noqa: F821
+def pad(states: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Ragged (L_i, D) states -> (B, length, D) zero-padded, and the mask (B, length), True where text is."""
+    padded = states[0].new_zeros(len(states), length, states[0].shape[1])
+    mask = torch.zeros(len(states), length, dtype=torch.bool)
+    for row, state in enumerate(states):
+        padded[row, : len(state)] = state
+        mask[row, : len(state)] = True
+    return padded, mask
+
+
+def pack(states: Tensor) -> np.ndarray:
     """(L, D) bfloat16 -> uint16 bits, the stored form (schema column ``text``)."""
     return states.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
 
 
-def unpack(bits: "numpy.ndarray") -> Tensor:  # noqa: F821
+def unpack(bits: np.ndarray) -> Tensor:
     """uint16 bits -> (L, D) bfloat16; the inverse of ``pack``."""
     return torch.from_numpy(bits.copy()).view(torch.bfloat16)

@@ -1,0 +1,155 @@
+"""The model that Composer trains: codec + network + loss, and the denoiser D that samplers call."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+from torch.nn import functional
+
+from model.codec import PixelCodec, PixelCodecConfig
+from model.diffusion import edm
+from model.networks import catalogue
+from model.networks.conditioning import Conditioning
+from model.networks.fit.config import FITConfig
+
+
+@dataclass(frozen=True)
+class UpsamplerConfig:
+    """How stage 2 makes its low-resolution input in training (section 3.4).
+
+    The clip itself, averaged down by ``factor``, corrupted at low resolution by Gaussian noise of a random std, and brought back
+    to size. The paper says that the input is corrupted by a variable level of noise; concatenation to the network's input,
+    the uniform draw and the level's token are our reading.
+    """
+
+    factor: int = 8
+    max_corruption: float = 0.5  # std of the noise in training is uniform in [0, this]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One stage of the cascade."""
+
+    codec: PixelCodecConfig = field(default_factory=PixelCodecConfig)
+    diffusion: edm.DiffusionConfig = field(default_factory=edm.DiffusionConfig)
+    network: catalogue.NetworkConfig = field(default_factory=FITConfig)
+    upsampler: UpsamplerConfig | None = None  # None for stage 1
+    self_conditioning: float = 0.9  # probability of a first pass whose latents the training pass starts from
+    text_dropout: float = 0.1  # "label dropout": share of samples that train without text, for guidance
+
+    def __post_init__(self) -> None:
+        c, size = self.codec, self.network.size
+        if (c.height + c.pad_bottom, c.width + c.pad_right) != size[1:]:
+            padded = f"{c.height}x{c.width} padded by {c.pad_bottom} and {c.pad_right}"
+            raise ValueError(f"codec: {padded} is not the network's size {size[1]}x{size[2]}")
+        if (self.upsampler is not None) != self.network.upsampler:
+            raise ValueError("network.upsampler must be true exactly where an upsampler is configured")
+        if self.upsampler and (c.height % self.upsampler.factor or c.width % self.upsampler.factor):
+            raise ValueError(f"upsampler.factor {self.upsampler.factor} does not divide the media's {c.height}x{c.width}")
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What a training forward pass yields. B batch."""
+
+    loss: Tensor  # (B,) effective weight times mean squared error, padding left out
+    sigma: Tensor  # (B,)
+
+
+class Denoiser(ComposerModel):
+    """A stage of the cascade.
+
+    All parameters live in ``network``: one directly on this module would stay unsharded and unsynchronised.
+
+    Args:
+        config: the stage.
+        device: where the network is built; "meta" allocates nothing.
+    """
+
+    def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        self.codec = PixelCodec(config.codec)
+        self.network = catalogue.build(config.network, device)
+
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
+        """The training objective on a batch: equation 3 of the paper, in the F form, which is stable at all sigma."""
+        diffusion = self.config.diffusion
+        x = self.codec.encode(batch["video"])
+        sigma = edm.draw_sigma(len(x), diffusion, x.device)
+        eps = torch.randn_like(x)
+        x_sigma = edm.add_noise(x, eps, sigma, diffusion)
+        conditioning = self._training_conditioning(batch, sigma)
+        network_input = edm.scale_input(x_sigma, sigma, diffusion)
+        latents = self._self_conditioning(network_input, conditioning)
+        output = self.network(network_input, conditioning, latents).video
+        error = (output.float() - edm.network_target(x, eps, sigma, diffusion)) ** 2
+        mask = self.codec.mask(x.device)
+        mean = (error * mask).mean(dim=(1, 2, 3, 4)) / mask.mean()
+        weight = edm.effective_weight(sigma, diffusion.sigma_data, diffusion.sigma_in)
+        return LossTerms(weight * mean, sigma)
+
+    def loss(self, outputs: LossTerms, batch: dict[str, Any]) -> Tensor:
+        return outputs.loss.mean()
+
+    def eval_forward(self, batch: dict[str, Any], outputs: LossTerms | None = None) -> LossTerms:
+        return outputs if outputs is not None else self.forward(batch)
+
+    def denoise(
+        self, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, latents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """D(x_sigma; sigma), the estimate of the data in model space, and the latents to carry to the next evaluation.
+
+        Padding is known to be zero, so D says zero there rather than what the untrained output says.
+        """
+        diffusion = self.config.diffusion
+        output, latents = self.network(edm.scale_input(x_sigma, sigma, diffusion), conditioning, latents)
+        estimate = edm.combine(x_sigma, output.float(), sigma, diffusion)
+        return estimate * self.codec.mask(estimate.device), latents
+
+    def low_resolution_input(self, low: Tensor, corruption: Tensor, noise: Tensor) -> Tensor:
+        """Corrupt a low-resolution video and bring it to the network's size.
+
+        Args:
+            low: (B, T, C, h, w) in [-1, 1].
+            corruption: (B,) std of the noise.
+            noise: unit Gaussian noise of the shape of ``low``.
+        """
+        level = edm.expand(corruption, low)
+        corrupted = (low + level * noise) / (1 + level**2).sqrt()
+        height, width = self.config.codec.height, self.config.codec.width
+        flat = functional.interpolate(corrupted.flatten(0, 1), (height, width), mode="bilinear", align_corners=False)
+        return self.codec.encode(flat.unflatten(0, low.shape[:2]))
+
+    def _training_conditioning(self, batch: dict[str, Any], sigma: Tensor) -> Conditioning:
+        low_resolution = corruption = None
+        if self.config.upsampler:
+            video = batch["video"]
+            low = functional.avg_pool2d(video.flatten(0, 1), self.config.upsampler.factor).unflatten(0, video.shape[:2])
+            corruption = torch.rand(len(video), device=video.device) * self.config.upsampler.max_corruption
+            low_resolution = self.low_resolution_input(low, corruption, torch.randn_like(low))
+        conditioning = Conditioning(
+            c_noise=edm.c_noise(sigma),
+            text=batch["text"],
+            text_mask=batch["text_mask"],
+            frame_rate=batch["frame_rate"],
+            resolution=batch["resolution"],
+            low_resolution=low_resolution,
+            corruption=corruption,
+        )
+        return conditioning.without_text(torch.rand(len(sigma), device=sigma.device) < self.config.text_dropout)
+
+    def _self_conditioning(self, network_input: Tensor, conditioning: Conditioning) -> Tensor | None:
+        """Latents of a first pass without gradient; zeros for the samples that do without.
+
+        The choice is made by sample and the pass is always run: a choice by batch would let ranks disagree on the number of
+        collectives under FSDP.
+        """
+        if self.config.self_conditioning == 0:
+            return None
+        with torch.no_grad():
+            latents = self.network(network_input, conditioning, latents_only=True).latents
+        chosen = torch.rand(len(latents), device=latents.device) < self.config.self_conditioning
+        return latents * edm.expand(chosen, latents)

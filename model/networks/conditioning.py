@@ -1,0 +1,73 @@
+"""What a network is told besides its noisy input, and how that becomes tokens (paper section 3.4). Imports torch alone."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from model.networks.layers import ScalarEmbedding, init_linear
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """One row per sample of the batch. B batch, L text tokens, D text width."""
+
+    c_noise: Tensor  # (B,) the noise level, ln(sigma) / 4
+    text: Tensor  # (B, L, D) text encoder states
+    text_mask: Tensor  # (B, L) True where text is; a row of False means no text: the learned null
+    frame_rate: Tensor  # (B,) frames per second; inf marks an image
+    resolution: Tensor  # (B, 2) height and width of the source media, pixels
+    low_resolution: Tensor | None = None  # (B, T, C, H, W) the upsampler's input, corrupted and already at the output's size
+    corruption: Tensor | None = None  # (B,) std of the noise that was added to it
+
+    def without_text(self, drop: Tensor | None = None) -> "Conditioning":
+        """The same with the text dropped, for all samples or for those where ``drop`` (B,) is True."""
+        keep = torch.zeros_like(self.text_mask) if drop is None else self.text_mask & ~drop[:, None]
+        return replace(self, text_mask=keep)
+
+
+class ConditioningTokens(nn.Module):
+    """Conditioning -> tokens (B, L + 5, width) and their mask: text, sigma, frame rate, original height and width, corruption.
+
+    Args:
+        text_width: D, the width of the text states.
+        width: channels of the tokens.
+        corruption: whether the network is an upsampler, told its input's corruption level (one token more).
+    """
+
+    def __init__(self, text_width: int, width: int, corruption: bool) -> None:
+        super().__init__()
+        self.text = nn.Linear(text_width, width)
+        self.null_text = nn.Parameter(torch.empty(width))
+        self.sigma = ScalarEmbedding(width)
+        self.frame_rate = ScalarEmbedding(width)
+        self.image = nn.Parameter(torch.empty(width))  # an image's frame rate is infinite: a value of its own
+        self.height = ScalarEmbedding(width)
+        self.width = ScalarEmbedding(width)
+        self.corruption = ScalarEmbedding(width) if corruption else None
+
+    def reset_parameters(self) -> None:
+        init_linear(self.text)
+        nn.init.normal_(self.null_text)
+        nn.init.normal_(self.image)
+
+    def forward(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Return tokens (B, N, width) and mask (B, N), True where a token may be read."""
+        c = conditioning
+        text = self.text(c.text.to(self.text.weight.dtype))
+        dropped = ~c.text_mask.any(dim=1)  # (B,): their first text token becomes the null
+        first = torch.where(dropped[:, None], self.null_text.to(text.dtype), text[:, 0])
+        text = torch.cat([first[:, None], text[:, 1:]], dim=1)
+        text_mask = torch.cat([(c.text_mask[:, 0] | dropped)[:, None], c.text_mask[:, 1:]], dim=1)
+
+        is_image = torch.isinf(c.frame_rate)
+        rate = self.frame_rate(torch.where(is_image, 1.0, c.frame_rate).log2())
+        rate = torch.where(is_image[:, None], self.image.to(rate.dtype), rate)
+        scalars = [self.sigma(c.c_noise), rate, self.height(c.resolution[:, 0].log2()), self.width(c.resolution[:, 1].log2())]
+        if self.corruption is not None:
+            if c.corruption is None:
+                raise ValueError("corruption: an upsampler needs the corruption level of its low-resolution input, got None")
+            scalars.append(self.corruption(c.corruption))
+        tokens = torch.cat([text, torch.stack(scalars, dim=1).to(text.dtype)], dim=1)
+        mask = torch.cat([text_mask, text_mask.new_ones(len(tokens), len(scalars))], dim=1)
+        return tokens, mask

@@ -1,0 +1,199 @@
+"""FIT as Snap Video uses it (paper section 3.4, Figure 3b, appendix A). Imports torch and einops alone.
+
+Legend: B batch, G groups, N patch tokens per group, M latent tokens per group, P patch width, Z latent width.
+
+A few latent tokens read from many patch tokens, compute, and write back, block after block. Reads and writes stay within a group
+of patches that spans all frames; the latents are divided among the groups, and global layers over all latents mix them.
+
+Initialisation: truncated normal of variance 1 / fan_in; projections that end a residual branch are scaled by
+1 / sqrt(number of residual branches on their stream); positions have unit variance beside unit-variance patches, since at the
+usual 0.02 neither the reads nor the writes can tell places apart at first; the self-conditioning norm starts at scale zero.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.networks.conditioning import Conditioning, ConditioningTokens
+from model.networks.fit.config import FITConfig
+from model.networks.layers import Attention, FeedForward, init_linear
+
+
+class FITOutput(NamedTuple):  # a tuple, because FSDP looks for tensors in tuples
+    """What a forward pass returns."""
+
+    video: Tensor | None  # (B, T, C, H, W), None where only the latents were asked for
+    latents: Tensor  # (B, G M, Z), for self-conditioning
+
+
+class GlobalLayer(nn.Module):
+    """Self-attention over all latents, then a feed-forward; the only place with dropout."""
+
+    def __init__(self, config: FITConfig, gain: float) -> None:
+        super().__init__()
+        self.attention = Attention(config.latent_width, None, config.latent_head_width, gain)
+        self.feed_forward = FeedForward(config.latent_width, config.dropout, gain)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        latents = latents + self.attention(latents)
+        return latents + self.feed_forward(latents)
+
+
+class FITBlock(nn.Module):
+    """Latents read the conditioning, then their group's patches; global layers; patches read back from latents (the write)."""
+
+    def __init__(self, config: FITConfig) -> None:
+        super().__init__()
+        c = config
+        self.groups = c.groups
+        self.checkpoint = c.checkpoint_blocks
+        latent_gain = 1 / math.sqrt(c.blocks * (4 + 2 * c.global_layers))
+        patch_gain = 1 / math.sqrt(2 * c.blocks)
+        self.read_conditioning = Attention(c.latent_width, c.conditioning_width, c.latent_head_width, latent_gain)
+        self.conditioning_feed_forward = FeedForward(c.latent_width, output_gain=latent_gain)
+        self.read = Attention(c.latent_width, c.patch_width, c.patch_head_width, latent_gain)
+        self.read_feed_forward = FeedForward(c.latent_width, output_gain=latent_gain)
+        self.layers = nn.ModuleList(GlobalLayer(c, latent_gain) for _ in range(c.global_layers))
+        self.write = Attention(c.patch_width, c.latent_width, c.patch_head_width, patch_gain)
+        self.write_feed_forward = FeedForward(c.patch_width, output_gain=patch_gain)
+
+    def forward(self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+        """``patches`` (B G, N, P) and ``latents`` (B, G M, Z) -> the same; ``write`` False leaves the patches as they are."""
+        # Inside the block, not around it: under FSDP the recomputation then finds the block's weights gathered already.
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._compute, patches, latents, tokens, mask, write, use_reentrant=False)
+        return self._compute(patches, latents, tokens, mask, write)
+
+    def _compute(self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+        latents = latents + self.read_conditioning(latents, tokens, mask)
+        latents = latents + self.conditioning_feed_forward(latents)
+        grouped = rearrange(latents, "b (g m) z -> (b g) m z", g=self.groups)
+        grouped = grouped + self.read(grouped, patches)
+        grouped = grouped + self.read_feed_forward(grouped)
+        latents = rearrange(grouped, "(b g) m z -> b (g m) z", g=self.groups)
+        for layer in self.layers:
+            latents = layer(latents)
+        if write:
+            grouped = rearrange(latents, "b (g m) z -> (b g) m z", g=self.groups)
+            patches = patches + self.write(patches, grouped)
+            patches = patches + self.write_feed_forward(patches)
+        return patches, latents
+
+
+class PatchPosition(nn.Module):
+    """Learned position of each patch: (t h w, P) in reading order, before grouping."""
+
+    def __init__(self, config: FITConfig) -> None:
+        super().__init__()
+        frames, height, width = config.grid
+        self.factorised = config.position == "factorised"
+        if self.factorised:
+            self.frame = nn.Parameter(torch.empty(frames, 1, config.patch_width))
+            self.place = nn.Parameter(torch.empty(1, height * width, config.patch_width))
+        else:
+            self.table = nn.Parameter(torch.empty(frames * height * width, config.patch_width))
+
+    def reset_parameters(self) -> None:
+        parts = list(self.parameters())
+        for part in parts:
+            nn.init.normal_(part, std=1 / math.sqrt(len(parts)))
+
+    def forward(self) -> Tensor:
+        return (self.frame + self.place).flatten(0, 1) if self.factorised else self.table
+
+
+class FIT(nn.Module):
+    """The network F: noisy video and conditioning -> normalised target, with latents to carry on.
+
+    Raises:
+        ValueError: an input of another size or text of another width than configured, or an upsampler without its input.
+    """
+
+    def __init__(self, config: FITConfig) -> None:
+        super().__init__()
+        self.config = config
+        pixels = math.prod(config.patch)
+        inputs = config.channels * (2 if config.upsampler else 1)
+        self.conditioning = ConditioningTokens(config.text_width, config.conditioning_width, config.upsampler)
+        self.stem = nn.Linear(inputs * pixels, config.patch_width)
+        self.position = PatchPosition(config)
+        self.latents = nn.Parameter(torch.empty(config.latent_tokens, config.latent_width))
+        self.self_conditioning = FeedForward(config.latent_width)
+        self.self_conditioning_norm = nn.LayerNorm(config.latent_width)
+        self.blocks = nn.ModuleList(FITBlock(config) for _ in range(config.blocks))
+        self.head_norm = nn.LayerNorm(config.patch_width)
+        self.head = nn.Linear(config.patch_width, config.channels * pixels)
+
+    def reset_parameters(self) -> None:
+        init_linear(self.stem)
+        # Unit variance: the latents must differ from each other for their reads to differ.
+        nn.init.normal_(self.latents)
+        nn.init.zeros_(self.self_conditioning_norm.weight)
+        # Not zero: LAMB's step is relative to a weight's norm, so a weight that starts at zero grows slowly.
+        init_linear(self.head, gain=0.2)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """The sharding rule, as Composer asks for it: each block is gathered on its own."""
+        return isinstance(module, FITBlock)
+
+    def forward(
+        self, video: Tensor, conditioning: Conditioning, latents: Tensor | None = None, latents_only: bool = False
+    ) -> FITOutput:
+        """One evaluation.
+
+        Args:
+            video: (B, T, C, H, W), ``c_in * x_sigma``.
+            conditioning: what else the network is told.
+            latents: (B, G M, Z) of the previous evaluation; None (the first one) counts as zeros.
+            latents_only: skip the last write and the head, for the pass that only prepares the latents.
+        """
+        self._check(video, conditioning)
+        c = self.config
+        tokens, mask = self.conditioning(conditioning)
+        if conditioning.low_resolution is not None:
+            video = torch.cat([video, conditioning.low_resolution.to(video.dtype)], dim=2)
+        patches = self.stem(self._to_patches(video)) + self.position()
+        patches = self._to_groups(patches)
+
+        previous = self.latents.new_zeros(len(video), *self.latents.shape) if latents is None else latents
+        state = self.latents + self.self_conditioning_norm(self.self_conditioning(previous))
+        for number, block in enumerate(self.blocks):
+            write = not (latents_only and number == c.blocks - 1)
+            patches, state = block(patches, state, tokens, mask, write)
+        if latents_only:
+            return FITOutput(None, state)
+        return FITOutput(self._to_video(self.head(self.head_norm(patches))), state)
+
+    def _to_patches(self, video: Tensor) -> Tensor:
+        pt, ph, pw = self.config.patch
+        return rearrange(video, "b (t pt) c (h ph) (w pw) -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+
+    def _to_groups(self, patches: Tensor) -> Tensor:
+        (t, h, w), (gt, gh, gw) = self.config.grid, self.config.group
+        return rearrange(
+            patches,
+            "b (nt t nh h nw w) p -> (b nt nh nw) (t h w) p",
+            nt=t // gt, t=gt, nh=h // gh, h=gh, nw=w // gw, w=gw,
+        )  # fmt: skip
+
+    def _to_video(self, pixels: Tensor) -> Tensor:
+        (t, h, w), (gt, gh, gw), (pt, ph, pw) = self.config.grid, self.config.group, self.config.patch
+        return rearrange(
+            pixels,
+            "(b nt nh nw) (t h w) (pt ph pw c) -> b (nt t pt) c (nh h ph) (nw w pw)",
+            nt=t // gt, t=gt, nh=h // gh, h=gh, nw=w // gw, w=gw, pt=pt, ph=ph, pw=pw,
+        )  # fmt: skip
+
+    def _check(self, video: Tensor, conditioning: Conditioning) -> None:
+        c = self.config
+        expected = (c.size[0], c.channels, *c.size[1:])
+        if tuple(video.shape[1:]) != expected:
+            raise ValueError(f"video: (T, C, H, W) is {tuple(video.shape[1:])}, the network is built for {expected}")
+        if conditioning.text.shape[-1] != c.text_width:
+            raise ValueError(f"text: width is {conditioning.text.shape[-1]}, the network is built for {c.text_width}")
+        if c.upsampler != (conditioning.low_resolution is not None):
+            raise ValueError(f"low_resolution: must be given to an upsampler and only there (upsampler is {c.upsampler})")

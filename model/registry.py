@@ -1,0 +1,106 @@
+"""MLflow: where runs are tracked and models are published. ``models:/NAME@ALIAS`` is all that a sampler needs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from composer.loggers import MLFlowLogger
+from mlflow import MlflowClient, artifacts
+from mlflow.exceptions import MlflowException
+
+from model.config import UserError
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where MLflow keeps runs."""
+
+    uri: str = "sqlite:///runs/mlflow.db"  # or a server's address
+    experiment: str = "snapvideo"
+    artifacts: str | None = "runs/mlflow-artifacts"  # root for a new experiment's files; None leaves it to the server
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """How a finished run is registered."""
+
+    name: str  # registered model
+    alias: str = "candidate"  # moved to the new version ("latest" and "v1" are MLflow's own)
+
+
+def ensure_experiment(config: TrackingConfig) -> str:
+    """Create the store and the experiment if missing and return the experiment's id.
+
+    Call it in one process before several open a new SQLite store: their migrations would race and break it for good.
+    """
+    if config.uri.startswith("sqlite:///"):
+        Path(config.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        client = MlflowClient(config.uri)
+        experiment = client.get_experiment_by_name(config.experiment)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        root = None if config.artifacts is None else Path(config.artifacts).absolute().as_uri()
+        return str(client.create_experiment(config.experiment, artifact_location=root))
+    except MlflowException as error:
+        raise UserError(f"MLflow at {config.uri}: {_first_line(error)}") from error
+
+
+def make_logger(config: TrackingConfig, run_name: str) -> MLFlowLogger:
+    """Composer's logger; a run of the same name is taken up again."""
+    return MLFlowLogger(
+        experiment_name=config.experiment,
+        run_name=run_name,
+        tracking_uri=config.uri,
+        log_system_metrics=False,
+        resume=True,
+    )
+
+
+def mark_failed(config: TrackingConfig, run_id: str | None) -> None:
+    """Set a run FAILED. After an exception: flush and close the trainer first, which reports the run FINISHED."""
+    if run_id is not None:
+        MlflowClient(config.uri).set_terminated(run_id, status="FAILED")
+
+
+def publish(folder: Path, tracking: TrackingConfig, config: PublishConfig, run_id: str, tags: dict[str, str]) -> str:
+    """Log the artefact ``folder`` to its run, register it as a new version, move the alias there. Returns the version.
+
+    A run that has published before, with the same tags, is not published twice.
+    """
+    client = MlflowClient(tracking.uri)
+    try:
+        client.create_registered_model(config.name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name='{config.name}'"):
+        if version.run_id == run_id and all(version.tags.get(key) == value for key, value in tags.items()):
+            client.set_registered_model_alias(config.name, config.alias, version.version)
+            return str(version.version)
+    client.log_artifacts(run_id, str(folder), folder.name)
+    source = f"{client.get_run(run_id).info.artifact_uri}/{folder.name}"
+    version = client.create_model_version(config.name, source, run_id, tags=tags)
+    client.set_registered_model_alias(config.name, config.alias, version.version)
+    return str(version.version)
+
+
+def fetch(uri: str, tracking_uri: str) -> Path:
+    """The local folder of a published model: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, or a folder as it is.
+
+    Raises:
+        UserError: nothing there.
+    """
+    if not uri.startswith("models:"):
+        if not Path(uri).is_dir():
+            raise UserError(f"no published model at {uri}: neither a folder nor models:/NAME@ALIAS")
+        return Path(uri)
+    if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).is_file():
+        raise UserError(f"{uri}: no MLflow store at {tracking_uri}")
+    try:
+        return Path(artifacts.download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{uri}: {_first_line(error)} (MLflow at {tracking_uri})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
