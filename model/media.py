@@ -16,7 +16,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from model.config import UserError
 
@@ -30,6 +30,7 @@ SHEET_MARGIN = 24
 SHEET_GAP = 6
 SHEET_PAPER = (250, 250, 248)
 SHEET_INK = (32, 33, 36)
+SHEET_LINE = (208, 208, 204)  # around each frame: a white one would merge with the paper
 
 Frames = np.ndarray | torch.Tensor
 
@@ -179,6 +180,7 @@ def _strip(clip: Frames, columns: int) -> Image.Image:
     reduction = round(images[0].height / SHEET_FRAME_HEIGHT)
     if reduction > 1:
         images = [image.reduce(reduction) for image in images]
+    images = [ImageOps.expand(image, border=1, fill=SHEET_LINE) for image in images]
     width, height = images[0].size
     strip = Image.new("RGB", (len(images) * (width + SHEET_GAP) - SHEET_GAP, height), SHEET_PAPER)
     for index, image in enumerate(images):

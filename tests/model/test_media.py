@@ -94,13 +94,13 @@ def test_contact_sheet_shows_frames_and_words(tmp_path: Path) -> None:
     with Image.open(tmp_path / "sheet.png") as image:
         sheet = np.asarray(image)
     margin, gap = media.SHEET_MARGIN, media.SHEET_GAP
-    assert sheet.shape[1] == 2 * margin + 4 * 256 + 3 * gap
+    assert sheet.shape[1] == 2 * margin + 4 * 258 + 3 * gap
     for column, index in enumerate([0, 5, 10, 15]):
-        left = margin + column * (256 + gap)
-        np.testing.assert_array_equal(sheet[margin : margin + 144, left : left + 256][::4, ::4], clip[index])
-    words = sheet[margin + 144 + gap : margin + 144 + gap + media.SHEET_FONT_SIZE, margin:-margin]
+        left = margin + 1 + column * (258 + gap)
+        np.testing.assert_array_equal(sheet[margin + 1 : margin + 145, left : left + 256][::4, ::4], clip[index])
+    words = sheet[margin + 146 + gap : margin + 146 + gap + media.SHEET_FONT_SIZE, margin:-margin]
     assert (words < 100).all(axis=-1).sum() > 200  # ink
-    second = sheet[-(144 + gap + margin) :, margin + 256 + gap :]
+    second = sheet[-(146 + gap + margin) :, margin + 258 + gap :]
     assert (second == media.SHEET_PAPER).all()  # one frame, no words
 
 
@@ -116,7 +116,7 @@ def test_contact_sheet_wraps_long_prompts() -> None:
 
 def test_contact_sheet_reduces_large_clips() -> None:
     sheet = media.contact_sheet([moving_square(2, 288, 512)], ["large"])
-    assert sheet.width == 2 * media.SHEET_MARGIN + 2 * 256 + media.SHEET_GAP
+    assert sheet.width == 2 * media.SHEET_MARGIN + 2 * 258 + media.SHEET_GAP
 
 
 @pytest.mark.parametrize(
