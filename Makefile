@@ -50,13 +50,14 @@ $(STAMP): $(if $(wildcard .venv/bin/python),,FORCE)
 		if ! "$$uv" --version > /dev/null 2>&1; then
 			echo "setup: fetching uv"
 			sed -n '/^uv==/,/^ *# via/p' requirements.txt > .setup/uv.txt
+			pip=(-m pip --disable-pip-version-check install --quiet --root-user-action ignore --require-hashes -r .setup/uv.txt)
 			rm -rf .setup/uv
 			if "$$python" -m venv .setup/uv > /dev/null 2>&1; then
-				.setup/uv/bin/python -m pip install --quiet --require-hashes -r .setup/uv.txt || fail "could not install uv: see above"
+				.setup/uv/bin/python "$${pip[@]}" || fail "could not install uv: see above"
 			else
 				rm -rf .setup/uv
 				"$$python" -m pip --version > /dev/null 2>&1 || fail "$$python has neither pip nor venv; install one (Debian: python3-venv), or uv"
-				"$$python" -m pip install --quiet --require-hashes --target .setup/uv -r .setup/uv.txt || fail "could not install uv: see above"
+				"$$python" "$${pip[@]}" --target .setup/uv || fail "could not install uv: see above"
 			fi
 		fi
 	fi
