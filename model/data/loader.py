@@ -1,0 +1,263 @@
+"""The joint loader: videos and images, mixed in each batch in a fixed share, in an order that resumes exactly."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from streaming.base.world import World
+from torch.utils.data import DataLoader, IterableDataset
+
+from model.config import UserError
+from model.data import batch
+from model.data.batch import PackedBatch, Sample
+from model.data.dataset import ClipDataset, DataConfig, derived_seed, open_sources
+from model.data.schema import Kind
+from model.data.shards import Source, find_fault
+
+KINDS: tuple[Kind, ...] = ("videos", "images")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How many of each kind a batch of one process holds."""
+
+    videos: int
+    images: int
+
+    @property
+    def size(self) -> int:
+        """Samples in a process's batch."""
+        return self.videos + self.images
+
+    @property
+    def slots(self) -> tuple[Kind, ...]:
+        """The kind of each sample of the batch, as evenly alternating as the shares allow, so that every part of it is mixed."""
+        before = [slot * self.images // self.size for slot in range(self.size + 1)]
+        return tuple("images" if after > seen else "videos" for seen, after in itertools.pairwise(before))
+
+    def count(self, kind: Kind) -> int:
+        """Samples of ``kind`` in a process's batch."""
+        return self.images if kind == "images" else self.videos
+
+
+def mixture(config: DataConfig, global_batch_size: int, world_size: int) -> Mixture:
+    """Split the global batch over processes and kinds.
+
+    Raises:
+        UserError: it does not split into whole samples.
+    """
+    if global_batch_size < 1 or global_batch_size % world_size:
+        raise UserError(f"a global batch of {global_batch_size} does not split evenly over {world_size} processes")
+    size = global_batch_size // world_size
+    if not config.images:
+        return Mixture(size, 0)
+    if not config.videos:
+        return Mixture(0, size)
+    images = round(size * config.image_share)
+    if abs(images - size * config.image_share) > 1e-6 or not 0 < images < size:
+        raise UserError(
+            f"an image share of {config.image_share:g} makes {size * config.image_share:g} images in a process's batch of {size} "
+            f"(global batch {global_batch_size} over {world_size} processes); it must be a whole number from 1 to {size - 1}"
+        )
+    return Mixture(size - images, images)
+
+
+class JointDataset(IterableDataset[Sample]):
+    """Videos and images in the slots of one batch after the other; the epoch is a pass over the videos, or over the only kind.
+
+    Composer calls ``state_dict`` and ``load_state_dict`` for checkpoints.
+    """
+
+    def __init__(self, sources: dict[Kind, Source], config: DataConfig, mix: Mixture) -> None:
+        """Collective: every process builds it at the same time.
+
+        Raises:
+            UserError: fewer samples than one global batch takes.
+        """
+        world = World.detect()
+        world_size = world.num_ranks
+        kind, source = next(iter(sources.items()))
+        per_batch = mix.count(kind) * world_size
+        self.batches = source.manifest.num_samples // per_batch  # in an epoch
+        if not self.batches:
+            raise UserError(f"{source.location} holds {source.manifest.num_samples} samples, a global batch takes {per_batch}")
+        if any(mix.count(kind) * world_size % config.canonical_nodes for kind in sources):
+            raise UserError(f"canonical_nodes {config.canonical_nodes} does not divide the videos and images of a global batch")
+        self.mix = mix
+        self.global_batch_size = mix.size * world_size
+        self.seed = config.seed
+        self.parts: dict[Kind, ClipDataset] = {}
+        for kind, source in sources.items():
+            count = mix.count(kind)
+            self.parts[kind] = ClipDataset(source, config, count, epoch_size=self.batches * count * world_size)
+        self._position = {"epoch": 0, "sample_in_epoch": 0}  # where iteration begins, in samples over all processes
+        # What the order depends on: a checkpoint's position means nothing under another.
+        self._order = {
+            "global batch size": self.global_batch_size,
+            "share of images": mix.images / mix.size,
+            "data seed": config.seed,
+            "canonical_nodes": config.canonical_nodes,
+            **{f"number of {kind}": source.manifest.num_samples for kind, source in sources.items()},
+        }
+        self._nodes = world.num_nodes  # of the first run, on which StreamingDataset's order over nodes depends
+        # Said to StreamingDataset even at the beginning: it would take up a position that a killed run left in shared memory.
+        self._start_parts()
+
+    def __len__(self) -> int:
+        """Samples of an epoch in this process."""
+        return self.batches * self.mix.size
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples of this worker, whole batches of them. Every part begins and ends its epoch together with the others."""
+        epoch, first = self._upcoming_epoch(), self.batches - self.batches_left()
+        world = World.detect()  # in a loader process, its number among them too
+        iterators = {kind: iter(part) for kind, part in self.parts.items()}
+        for number in range(first + world.worker_of_rank, self.batches, world.workers_per_rank):
+            drawn = dict.fromkeys(self.parts, 0)
+            for kind in self.mix.slots:
+                sample = next(iterators[kind], None)
+                if sample is None:
+                    raise UserError(
+                        f"{self.parts[kind].source.location}: its epoch ended early, at batch {number} of {self.batches}"
+                    )
+                # Its place in the order over all processes, which is the same for every number of them.
+                place = number * self.mix.count(kind) + drawn[kind]
+                place = (place * world.ranks_per_node + world.rank_of_node) * world.num_nodes + world.node
+                yield replace(sample, seed=derived_seed(self.seed, epoch, KINDS.index(kind), place))
+                drawn[kind] += 1
+        for kind, iterator in iterators.items():
+            if next(iterator, None) is not None:
+                raise UserError(f"{self.parts[kind].source.location}: its epoch did not end after {self.batches} batches")
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """The position in the order, for a checkpoint.
+
+        Args:
+            num_samples: trained on in this epoch, over all processes; 0 behind an epoch's end.
+            from_beginning: always true in Composer: ``num_samples`` counts from the epoch's beginning.
+        """
+        del from_beginning
+        upcoming = self._upcoming_epoch()
+        if upcoming == self._position["epoch"]:
+            position = self._position
+        elif num_samples:
+            position = {"epoch": upcoming - 1, "sample_in_epoch": num_samples}
+        else:
+            position = {"epoch": upcoming, "sample_in_epoch": 0}
+        return {**position, "nodes": self._nodes, "order": self._order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at the position of ``state``; every process calls it before it iterates.
+
+        Raises:
+            UserError: the order was another one.
+        """
+        for what, saved in state["order"].items():
+            if saved != self._order.get(what):
+                raise UserError(
+                    f"the checkpoint's {what} is {saved}, this run's {self._order.get(what, 0)}: its place in the data cannot be "
+                    "found; keep the value, or start a run of another name from the checkpoint's weights"
+                )
+        self._position = {"epoch": state["epoch"], "sample_in_epoch": state["sample_in_epoch"]}
+        self._nodes = state["nodes"]
+        self._start_parts()
+
+    def batches_left(self) -> int:
+        """How many batches the iteration that begins next will yield in this process."""
+        resumed = self._upcoming_epoch() == self._position["epoch"]
+        return self.batches - (self._position["sample_in_epoch"] // self.global_batch_size if resumed else 0)
+
+    def _upcoming_epoch(self) -> int:
+        """The epoch of the iteration that begins next."""
+        # StreamingDataset's count lies in shared memory, and its workers advance it when they begin. Until then it knows nothing of
+        # a position to resume at.
+        return max(self._position["epoch"], next(iter(self.parts.values())).next_epoch)
+
+    def _start_parts(self) -> None:
+        for kind, part in self.parts.items():
+            part.load_state_dict(
+                {
+                    "epoch": self._position["epoch"],
+                    "sample_in_epoch": self._position["sample_in_epoch"] * self.mix.count(kind) // self.mix.size,
+                    "num_canonical_nodes": part.config.canonical_nodes,
+                    "shuffle_seed": part.config.seed,
+                    "initial_physical_nodes": self._nodes,
+                }
+            )
+
+
+class JointLoader(DataLoader[Sample]):
+    """Batches of a ``JointDataset``. An epoch that would end early is an error."""
+
+    def __init__(self, dataset: JointDataset, config: DataConfig) -> None:
+        self.joint = dataset
+        super().__init__(
+            dataset,
+            batch_size=dataset.mix.size,
+            collate_fn=partial(batch.collate, max_tokens=config.max_tokens),
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch if config.workers else None,
+            persistent_workers=config.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=True,
+            generator=torch.Generator(),  # its own: an epoch's start must not advance the generator that noise comes from
+        )
+
+    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
+        """The batches of an epoch, or of what a checkpoint left of it.
+
+        Raises:
+            UserError: samples cannot be had; names the shard.
+        """
+        promised = self.joint.batches_left()
+        yielded = 0
+        try:
+            for packed in super().__iter__():
+                yielded += 1
+                yield packed
+        except UserError as error:
+            # One from a worker process brings the worker's stack trace; its last line is the message.
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+        if yielded != promised:
+            raise UserError(f"the epoch ended after {yielded} of {promised} batches; the loader's error is above")
+
+
+def build_loader(config: DataConfig, global_batch_size: int) -> DataSpec:
+    """Open and check the datasets and build the loader for Composer's Trainer. Collective: every process calls it.
+
+    Each process gets batches of its part of ``global_batch_size``, all with the same numbers of videos and images. In the
+    training loop ``state.batch`` is a ``PackedBatch`` until it is split into microbatches, then a ``Batch``.
+
+    Args:
+        config: what to read.
+        global_batch_size: samples of a step, over all processes.
+
+    Raises:
+        UserError: datasets that are missing, damaged or not what ``config`` asks for, or a batch that does not split. The same in
+            every process.
+    """
+    sources: dict[Kind, Source] = {}
+    fault = None
+    try:
+        mix = mixture(config, global_batch_size, dist.get_world_size())
+        sources = open_sources(config)
+        for source in sources.values():
+            fault = fault or find_fault(source, dist.get_local_rank(), dist.get_local_world_size(), config.verify)
+    except UserError as error:
+        fault = str(error)
+    faults = [found for found in dist.all_gather_object(fault) if found]
+    if faults:
+        raise UserError(faults[0])
+    dataset = JointDataset(sources, config, mix)
+    return DataSpec(
+        JointLoader(dataset, config),
+        num_samples=dataset.batches * global_batch_size,
+        microbatch_transforms=partial(batch.unpack, frames=config.frames),
+        split_batch=batch.split,
+        get_num_samples_in_batch=batch.num_samples,
+    )
