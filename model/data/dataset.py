@@ -1,21 +1,26 @@
-"""MDS shards -> samples: which frames of a clip are seen at which frame rate, and their decoding."""
+"""Shards -> training batches: videos and images, mixed in each batch in a fixed share, in an order that resumes exactly."""
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from streaming import StreamingDataset
-from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+from composer.core import DataSpec
+from composer.utils import dist
+from streaming.base.world import World
+from torch.utils.data import DataLoader, IterableDataset
 
-from model import text
 from model.config import UserError
-from model.data.batch import CHANNELS, Sample
+from model.data import batch
+from model.data.batch import PackedBatch, Sample
+from model.data.samples import ClipDataset, View, derived_seed, span, stride_of
 from model.data.schema import Kind, Manifest, SchemaError, require_same
-from model.data.shards import ShardStream, Source, one_line, open_source
+from model.data.shards import Source, find_fault, open_source
+
+KINDS: tuple[Kind, ...] = ("videos", "images")
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,10 @@ class DataConfig:
     canonical_nodes: int = 1
     seed: int = 0
 
-
-@dataclass(frozen=True)
-class Window:
-    """Which frames of a stored clip are seen."""
-
-    frame_rate: float  # per second
-    indices: tuple[int, ...]  # T of them
+    def __post_init__(self) -> None:
+        for name, least in {"frames": 1, "workers": 0, "prefetch": 1, "canonical_nodes": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}")
 
 
 def open_sources(config: DataConfig) -> dict[Kind, Source]:
@@ -79,175 +81,249 @@ def manifests(config: DataConfig) -> dict[str, Manifest]:
     return {kind: source.manifest for kind, source in open_sources(config).items()}
 
 
-def span(frames: int, stride: int) -> int:
-    """How many stored frames a window of ``frames`` with ``stride`` reaches over."""
-    return (frames - 1) * stride + 1
+@dataclass(frozen=True)
+class Mixture:
+    """How many of each kind a batch of one process holds."""
+
+    videos: int
+    images: int
+
+    @property
+    def size(self) -> int:
+        """Samples in a process's batch."""
+        return self.videos + self.images
+
+    @property
+    def slots(self) -> tuple[Kind, ...]:
+        """The kind of each sample of the batch, as evenly alternating as the shares allow, so that every part of it is mixed."""
+        before = [slot * self.images // self.size for slot in range(self.size + 1)]
+        return tuple("images" if after > seen else "videos" for seen, after in itertools.pairwise(before))
+
+    def count(self, kind: Kind) -> int:
+        """Samples of ``kind`` in a process's batch."""
+        return self.images if kind == "images" else self.videos
 
 
-def stride_of(stored_rate: float, frame_rate: float) -> int | None:
-    """The step between stored frames at which ``frame_rate`` is seen; None if it does not divide ``stored_rate``."""
-    stride = round(stored_rate / frame_rate)
-    return stride if stride > 0 and abs(stride * frame_rate - stored_rate) < 1e-3 else None
-
-
-def draw_window(stored: int, strides: Sequence[tuple[float, int]], frames: int, rng: np.random.Generator) -> Window:
-    """Draw a frame rate uniformly from those for which a clip is long enough, and where the window begins in the clip.
-
-    Args:
-        stored: how many frames the clip has.
-        strides: the frame rates to draw from, each with its stride.
-        frames: T.
-        rng: where the draw comes from.
-
-    Raises:
-        ValueError: the clip is too short for all of them.
-    """
-    possible = [(rate, stride) for rate, stride in strides if span(frames, stride) <= stored]
-    if not possible:
-        shortest = min(span(frames, stride) for _, stride in strides)
-        raise ValueError(f"the clip has {stored} frames, but {frames} at the configured frame rates need {shortest} or more")
-    rate, stride = possible[rng.integers(len(possible))]
-    start = int(rng.integers(stored - span(frames, stride) + 1))
-    return Window(rate, tuple(range(start, start + span(frames, stride), stride)))
-
-
-def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Height and width that a JPEG's header announces, read without decoding.
+def mixture(config: DataConfig, global_batch_size: int, world_size: int) -> Mixture:
+    """Split the global batch over processes and kinds.
 
     Raises:
-        ValueError: no such header.
+        UserError: it does not split into whole samples.
     """
-    position = 2  # behind the start marker
-    while data[:2] == b"\xff\xd8" and position + 9 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start-of-frame segment
-            return int.from_bytes(data[position + 5 : position + 7]), int.from_bytes(data[position + 7 : position + 9])
-        position += 2 + int.from_bytes(data[position + 2 : position + 4])
-    raise ValueError("not a JPEG")
+    if global_batch_size < 1 or global_batch_size % world_size:
+        raise UserError(f"a global batch of {global_batch_size} does not split evenly over {world_size} processes")
+    size = global_batch_size // world_size
+    if not config.images:
+        return Mixture(size, 0)
+    if not config.videos:
+        return Mixture(0, size)
+    images = round(size * config.image_share)
+    if abs(images - size * config.image_share) > 1e-6 or not 0 < images < size:
+        raise UserError(
+            f"an image share of {config.image_share:g} makes {size * config.image_share:g} images in a process's batch of {size} "
+            f"(global batch {global_batch_size} over {world_size} processes); it must be a whole number from 1 to {size - 1}"
+        )
+    return Mixture(size - images, images)
 
 
-def decode_frames(data: bytes, ends: np.ndarray, indices: Sequence[int], manifest: Manifest) -> Tensor:
-    """Decode the frames ``indices`` of a sample -> (len(indices), H, W, C) uint8.
+class JointDataset(IterableDataset[Sample]):
+    """Videos and images in the slots of one batch after the other; the epoch is a pass over the videos, or over the only kind.
 
-    Args:
-        data: the column ``frames``.
-        ends: the checked column ``frame_ends``.
-        indices: which frames; only these are decoded.
-        manifest: geometry and frame format.
-
-    Raises:
-        ValueError: a frame that is not of the manifest's geometry. It is refused before anything is allocated for it.
-        RuntimeError: a damaged JPEG.
-    """
-    height, width = manifest.height, manifest.width
-    starts = [0, *ends[:-1].tolist()]
-    frames = []
-    for index in indices:
-        frame = data[starts[index] : ends[index]]
-        if manifest.frame_format == "raw":
-            frames.append(torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, CHANNELS))
-            continue
-        if jpeg_size(frame) != (height, width):
-            raise ValueError(f"frame {index} is {jpeg_size(frame)}, not {(height, width)}")
-        pixels = decode_jpeg(torch.frombuffer(bytearray(frame), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        frames.append(pixels.permute(1, 2, 0))
-    return torch.stack(frames)
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed in [0, 2^63) from non-negative numbers: equal for equal ones, unrelated for others."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
-
-
-def decode_sample(row: dict[str, Any], manifest: Manifest, config: DataConfig, seed: int) -> Sample:
-    """A row of the schema's columns -> a sample; ``seed`` decides its window.
-
-    Raises:
-        ValueError, RuntimeError: the row is not what the manifest says. Sizes are checked before anything is allocated for them.
-    """
-    data, ends, bits = row["frames"], row["frame_ends"].astype(np.int64), row["text"]
-    if ends.ndim != 1 or not 1 <= len(ends) <= manifest.max_frames:
-        raise ValueError(f"frame_ends has the shape {ends.shape}, but a sample holds 1 to {manifest.max_frames} frames")
-    sizes = np.diff(ends, prepend=0)
-    if sizes.min() <= 0 or ends[-1] != len(data):
-        raise ValueError("the frames' offsets do not fit their data")
-    if manifest.frame_format == "raw" and set(sizes.tolist()) != {manifest.height * manifest.width * CHANNELS}:
-        raise ValueError(f"raw frames are not of {manifest.height} x {manifest.width} pixels")
-    if bits.ndim != 2 or not 1 <= len(bits) <= config.max_tokens or bits.shape[1] != config.text_width:
-        raise ValueError(f"text states have the shape {bits.shape}, not (1 to {config.max_tokens}, {config.text_width})")
-    if manifest.kind == "images":
-        window = Window(math.inf, (0,))
-    else:
-        strides = [(rate, stride) for rate in config.frame_rates if (stride := stride_of(manifest.frame_rate, rate))]
-        window = draw_window(len(ends), strides, config.frames, np.random.default_rng(seed))
-    return Sample(
-        frames=decode_frames(data, ends, window.indices, manifest),
-        text=text.unpack(bits),
-        frame_rate=window.frame_rate,
-        resolution=(row["source_height"], row["source_width"]),
-        is_image=manifest.kind == "images",
-        seed=seed,
-        key=row["key"],
-        caption=row["caption"],
-    )
-
-
-class ClipDataset(StreamingDataset):
-    """The samples of one dataset, in StreamingDataset's order: shuffled, sharded over processes and workers, resumable.
-
-    What is drawn for a sample depends on the seed, the epoch and the sample alone.
+    Composer calls ``state_dict`` and ``load_state_dict`` for checkpoints.
     """
 
-    def __init__(self, source: Source, config: DataConfig, batch_size: int, epoch_size: int) -> None:
+    def __init__(self, sources: dict[Kind, Source], config: DataConfig, mix: Mixture) -> None:
         """Collective: every process builds it at the same time.
 
-        Args:
-            source: the dataset, opened and checked.
-            config: the window, the seed, the caching.
-            batch_size: how many of a process's batch come from this dataset.
-            epoch_size: how many samples an epoch draws over all processes.
+        Raises:
+            UserError: fewer samples than one global batch takes.
         """
-        self.source = source
-        self.config = config
-        self.stream = ShardStream(source)
-        super().__init__(
-            streams=[self.stream],
-            epoch_size=epoch_size,
-            batch_size=batch_size,
-            cache_limit=config.local_limit if source.remote else None,  # it would delete the shards of a local dataset
-            num_canonical_nodes=config.canonical_nodes,
-            shuffle=True,
-            shuffle_algo="py1e",  # across shards
-            shuffle_seed=config.seed,
-        )
+        world = World.detect()
+        world_size = world.num_ranks
+        kind, source = next(iter(sources.items()))
+        per_batch = mix.count(kind) * world_size
+        self.batches = source.manifest.num_samples // per_batch  # in an epoch
+        if not self.batches:
+            raise UserError(f"{source.location} holds {source.manifest.num_samples} samples, a global batch takes {per_batch}")
+        if any(mix.count(kind) * world_size % config.canonical_nodes for kind in sources):
+            raise UserError(f"canonical_nodes {config.canonical_nodes} does not divide the videos and images of a global batch")
+        self.mix = mix
+        self.global_batch_size = mix.size * world_size
+        self.seed = config.seed
+        self.canonical_nodes = config.canonical_nodes
+        view = View(config.frames, config.frame_rates, config.text_width, config.max_tokens, config.seed)
+        self.parts: dict[Kind, ClipDataset] = {}
+        for kind, source in sources.items():
+            count = mix.count(kind)
+            self.parts[kind] = ClipDataset(
+                source, view, count, self.batches * count * world_size, config.canonical_nodes, config.local_limit
+            )
+        self._position = {"epoch": 0, "sample_in_epoch": 0}  # where iteration begins, in samples over all processes
+        # What the order depends on: a checkpoint's position means nothing under another.
+        self._order = {
+            "global batch size": self.global_batch_size,
+            "share of images": mix.images / mix.size,
+            "data seed": config.seed,
+            "canonical_nodes": config.canonical_nodes,
+            **{f"number of {kind}": source.manifest.num_samples for kind, source in sources.items()},
+        }
+        self._nodes = world.num_nodes  # of the first run, on which StreamingDataset's order over nodes depends
+        # Said to StreamingDataset even at the beginning: it would take up a position that a killed run left in shared memory.
+        self._start_parts()
 
-    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
-        yield from super().__iter__()  # type: ignore[misc]
-        if self._event.is_set():  # StreamingDataset ends an epoch without an error when one of its threads died
-            raise UserError(f"{self.source.location}: loading shards in the background failed; its error is above")
+    def __len__(self) -> int:
+        """Samples of an epoch in this process."""
+        return self.batches * self.mix.size
 
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch a shard. The background threads do not block and must not raise, see ``ShardStream``."""
-        super().prepare_shard(shard_id, blocking)
-        fault = self.stream.faults.get(self.source.shards[shard_id].name)
-        if blocking and fault:
-            raise UserError(fault)
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples of this worker, whole batches of them. Every part begins and ends its epoch together with the others."""
+        epoch, first = self._upcoming_epoch(), self.batches - self.batches_left()
+        world = World.detect()  # in a loader process, its number among them too
+        iterators = {kind: iter(part) for kind, part in self.parts.items()}
+        for number in range(first + world.worker_of_rank, self.batches, world.workers_per_rank):
+            drawn = dict.fromkeys(self.parts, 0)
+            for kind in self.mix.slots:
+                sample = next(iterators[kind], None)
+                if sample is None:
+                    raise UserError(
+                        f"{self.parts[kind].source.location}: its epoch ended early, at batch {number} of {self.batches}"
+                    )
+                # Its place in the order over all processes, which is the same for every number of them.
+                place = number * self.mix.count(kind) + drawn[kind]
+                place = (place * world.ranks_per_node + world.rank_of_node) * world.num_nodes + world.node
+                yield replace(sample, seed=derived_seed(self.seed, epoch, KINDS.index(kind), place))
+                drawn[kind] += 1
+        for kind, iterator in iterators.items():
+            if next(iterator, None) is not None:
+                raise UserError(f"{self.parts[kind].source.location}: its epoch did not end after {self.batches} batches")
 
-    def get_item(self, sample_id: int, retry: int = 7) -> Sample:
-        """Read and decode one sample.
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """The position in the order, for a checkpoint.
+
+        Args:
+            num_samples: trained on in this epoch, over all processes; 0 behind an epoch's end.
+            from_beginning: always true in Composer: ``num_samples`` counts from the epoch's beginning.
+        """
+        del from_beginning
+        upcoming = self._upcoming_epoch()
+        if upcoming == self._position["epoch"]:
+            position = self._position
+        elif num_samples:
+            position = {"epoch": upcoming - 1, "sample_in_epoch": num_samples}
+        else:
+            position = {"epoch": upcoming, "sample_in_epoch": 0}
+        return {**position, "nodes": self._nodes, "order": self._order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at the position of ``state``; every process calls it before it iterates.
 
         Raises:
-            UserError: its shard cannot be fetched, or it is damaged or not what the manifest says; names the shard.
+            UserError: the order was another one.
         """
-        shard_id, index = self.spanner[sample_id]
-        path = self.source.folder / self.source.shards[shard_id].name
-        seed = derived_seed(self.config.seed, self.next_epoch - 1, int(sample_id))
+        for what, saved in state["order"].items():
+            if saved != self._order.get(what):
+                raise UserError(
+                    f"the checkpoint's {what} is {saved}, this run's {self._order.get(what, 0)}: its place in the data cannot be "
+                    "found; keep the value, or start a run of another name from the checkpoint's weights"
+                )
+        self._position = {"epoch": state["epoch"], "sample_in_epoch": state["sample_in_epoch"]}
+        self._nodes = state["nodes"]
+        self._start_parts()
+
+    def batches_left(self) -> int:
+        """How many batches the iteration that begins next will yield in this process."""
+        resumed = self._upcoming_epoch() == self._position["epoch"]
+        return self.batches - (self._position["sample_in_epoch"] // self.global_batch_size if resumed else 0)
+
+    def _upcoming_epoch(self) -> int:
+        """The epoch of the iteration that begins next."""
+        # StreamingDataset's count lies in shared memory, and its workers advance it when they begin. Until then it knows
+        # nothing of a position to resume at.
+        return max(self._position["epoch"], next(iter(self.parts.values())).next_epoch)
+
+    def _start_parts(self) -> None:
+        for kind, part in self.parts.items():
+            part.load_state_dict(
+                {
+                    "epoch": self._position["epoch"],
+                    "sample_in_epoch": self._position["sample_in_epoch"] * self.mix.count(kind) // self.mix.size,
+                    "num_canonical_nodes": self.canonical_nodes,
+                    "shuffle_seed": self.seed,
+                    "initial_physical_nodes": self._nodes,
+                }
+            )
+
+
+class JointLoader(DataLoader[Sample]):
+    """Batches of a ``JointDataset``. An epoch that would end early is an error."""
+
+    def __init__(self, dataset: JointDataset, config: DataConfig) -> None:
+        self.joint = dataset
+        super().__init__(
+            dataset,
+            batch_size=dataset.mix.size,
+            collate_fn=partial(batch.collate, max_tokens=config.max_tokens),
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch if config.workers else None,
+            persistent_workers=config.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=True,
+            generator=torch.Generator(),  # its own: an epoch's start must not advance the generator that noise comes from
+        )
+
+    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]
+        """The batches of an epoch, or of what a checkpoint left of it.
+
+        Raises:
+            UserError: samples cannot be had; names the shard.
+        """
+        promised = self.joint.batches_left()
+        yielded = 0
         try:
-            return decode_sample(super().get_item(sample_id, retry), self.source.manifest, self.config, seed)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a damaged shard makes the MDS reader, numpy or libjpeg raise
-            raise UserError(f"{path}: sample {index}: {one_line(error)}") from error
+            for packed in super().__iter__():
+                yielded += 1
+                yield packed
+        except UserError as error:
+            # One from a worker process brings the worker's stack trace; its last line is the message.
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+        if yielded != promised:
+            raise UserError(f"the epoch ended after {yielded} of {promised} batches; the loader's error is above")
+
+
+def build_loader(config: DataConfig, global_batch_size: int) -> DataSpec:
+    """Open and check the datasets and build the loader for Composer's Trainer. Collective: every process calls it.
+
+    Each process gets batches of its part of ``global_batch_size``, all with the same numbers of videos and images. In the
+    training loop ``state.batch`` is a ``PackedBatch`` until it is split into microbatches, then a ``Batch``.
+
+    Args:
+        config: what to read.
+        global_batch_size: samples of a step, over all processes.
+
+    Raises:
+        UserError: datasets that are missing, damaged or not what ``config`` asks for, or a batch that does not split. The same in
+            every process.
+    """
+    sources: dict[Kind, Source] = {}
+    fault = None
+    try:
+        mix = mixture(config, global_batch_size, dist.get_world_size())
+        sources = open_sources(config)
+        for source in sources.values():
+            fault = fault or find_fault(source, dist.get_local_rank(), dist.get_local_world_size(), config.verify)
+    except UserError as error:
+        fault = str(error)
+    faults = [found for found in dist.all_gather_object(fault) if found]
+    if faults:
+        raise UserError(faults[0])
+    dataset = JointDataset(sources, config, mix)
+    return DataSpec(
+        JointLoader(dataset, config),
+        num_samples=dataset.batches * global_batch_size,
+        microbatch_transforms=partial(batch.unpack, frames=config.frames),
+        split_batch=batch.split,
+        get_num_samples_in_batch=batch.num_samples,
+    )
 
 
 def _require_match(manifest: Manifest, kind: Kind, where: str, config: DataConfig) -> None:

@@ -1,0 +1,215 @@
+"""Rows of MDS shards -> samples: which frames of a clip are seen at which frame rate, and their decoding."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from streaming import StreamingDataset
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from model import text
+from model.config import UserError
+from model.data.batch import CHANNELS, Sample
+from model.data.schema import Manifest
+from model.data.shards import ShardStream, Source, one_line
+
+
+@dataclass(frozen=True)
+class View:
+    """What training sees of the stored samples."""
+
+    frames: int  # T
+    frame_rates: tuple[float, ...]  # per second, to draw from
+    text_width: int  # D
+    max_tokens: int  # most tokens that a caption has
+    seed: int  # of the order and of the draws
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which frames of a stored clip are seen."""
+
+    frame_rate: float  # per second
+    indices: tuple[int, ...]  # T of them
+
+
+def span(frames: int, stride: int) -> int:
+    """How many stored frames a window of ``frames`` with ``stride`` reaches over."""
+    return (frames - 1) * stride + 1
+
+
+def stride_of(stored_rate: float, frame_rate: float) -> int | None:
+    """The step between stored frames at which ``frame_rate`` is seen; None if it does not divide ``stored_rate``."""
+    stride = round(stored_rate / frame_rate)
+    return stride if stride > 0 and abs(stride * frame_rate - stored_rate) < 1e-3 else None
+
+
+def draw_window(stored: int, strides: Sequence[tuple[float, int]], frames: int, rng: np.random.Generator) -> Window:
+    """Draw a frame rate uniformly from those for which a clip is long enough, and where the window begins in the clip.
+
+    Args:
+        stored: how many frames the clip has.
+        strides: the frame rates to draw from, each with its stride.
+        frames: T.
+        rng: where the draw comes from.
+
+    Raises:
+        ValueError: the clip is too short for all of them.
+    """
+    possible = [(rate, stride) for rate, stride in strides if span(frames, stride) <= stored]
+    if not possible:
+        shortest = min(span(frames, stride) for _, stride in strides)
+        raise ValueError(f"the clip has {stored} frames, but {frames} at the configured frame rates need {shortest} or more")
+    rate, stride = possible[rng.integers(len(possible))]
+    start = int(rng.integers(stored - span(frames, stride) + 1))
+    return Window(rate, tuple(range(start, start + span(frames, stride), stride)))
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Height and width that a JPEG's header announces, read without decoding.
+
+    Raises:
+        ValueError: no such header.
+    """
+    position = 2  # behind the start marker
+    while data[:2] == b"\xff\xd8" and position + 9 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start-of-frame segment
+            return int.from_bytes(data[position + 5 : position + 7]), int.from_bytes(data[position + 7 : position + 9])
+        position += 2 + int.from_bytes(data[position + 2 : position + 4])
+    raise ValueError("not a JPEG")
+
+
+def decode_frames(data: bytes, ends: np.ndarray, indices: Sequence[int], manifest: Manifest) -> Tensor:
+    """Decode the frames ``indices`` of a sample -> (len(indices), H, W, C) uint8.
+
+    Args:
+        data: the column ``frames``.
+        ends: the checked column ``frame_ends``.
+        indices: which frames; only these are decoded.
+        manifest: geometry and frame format.
+
+    Raises:
+        ValueError: a frame that is not of the manifest's geometry. It is refused before anything is allocated for it.
+        RuntimeError: a damaged JPEG.
+    """
+    height, width = manifest.height, manifest.width
+    starts = [0, *ends[:-1].tolist()]
+    frames = []
+    for index in indices:
+        frame = data[starts[index] : ends[index]]
+        if manifest.frame_format == "raw":
+            frames.append(torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, CHANNELS))
+            continue
+        if jpeg_size(frame) != (height, width):
+            raise ValueError(f"frame {index} is {jpeg_size(frame)}, not {(height, width)}")
+        pixels = decode_jpeg(torch.frombuffer(bytearray(frame), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        frames.append(pixels.permute(1, 2, 0))
+    return torch.stack(frames)
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed in [0, 2^63) from non-negative numbers: equal for equal ones, unrelated for others."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def decode_sample(row: dict[str, Any], manifest: Manifest, view: View, seed: int) -> Sample:
+    """A row of the schema's columns -> a sample; ``seed`` decides its window.
+
+    Raises:
+        ValueError, RuntimeError: the row is not what the manifest says. Sizes are checked before anything is allocated for them.
+    """
+    data, ends, bits = row["frames"], row["frame_ends"].astype(np.int64), row["text"]
+    if ends.ndim != 1 or not 1 <= len(ends) <= manifest.max_frames:
+        raise ValueError(f"frame_ends has the shape {ends.shape}, but a sample holds 1 to {manifest.max_frames} frames")
+    sizes = np.diff(ends, prepend=0)
+    if sizes.min() <= 0 or ends[-1] != len(data):
+        raise ValueError("the frames' offsets do not fit their data")
+    if manifest.frame_format == "raw" and set(sizes.tolist()) != {manifest.height * manifest.width * CHANNELS}:
+        raise ValueError(f"raw frames are not of {manifest.height} x {manifest.width} pixels")
+    if bits.ndim != 2 or not 1 <= len(bits) <= view.max_tokens or bits.shape[1] != view.text_width:
+        raise ValueError(f"text states have the shape {bits.shape}, not (1 to {view.max_tokens}, {view.text_width})")
+    if manifest.kind == "images":
+        window = Window(math.inf, (0,))
+    else:
+        strides = [(rate, stride) for rate in view.frame_rates if (stride := stride_of(manifest.frame_rate, rate))]
+        window = draw_window(len(ends), strides, view.frames, np.random.default_rng(seed))
+    return Sample(
+        frames=decode_frames(data, ends, window.indices, manifest),
+        text=text.unpack(bits),
+        frame_rate=window.frame_rate,
+        resolution=(row["source_height"], row["source_width"]),
+        is_image=manifest.kind == "images",
+        seed=seed,
+        key=row["key"],
+        caption=row["caption"],
+    )
+
+
+class ClipDataset(StreamingDataset):
+    """The samples of one dataset, in StreamingDataset's order: shuffled, sharded over processes and workers, resumable.
+
+    What is drawn for a sample depends on the seed, the epoch and the sample alone.
+    """
+
+    def __init__(
+        self, source: Source, view: View, batch_size: int, epoch_size: int, canonical_nodes: int, cache_limit: str | None
+    ) -> None:
+        """Collective: every process builds it at the same time.
+
+        Args:
+            source: the dataset, opened and checked.
+            view: what is seen of its samples.
+            batch_size: how many of a process's batch come from this dataset.
+            epoch_size: how many samples an epoch draws over all processes.
+            canonical_nodes: how many interleaved orders make up the order.
+            cache_limit: of the local copies of a remote dataset, such as "500gb".
+        """
+        self.source = source
+        self.view = view
+        self.stream = ShardStream(source)
+        try:
+            super().__init__(
+                streams=[self.stream],
+                epoch_size=epoch_size,
+                batch_size=batch_size,
+                cache_limit=cache_limit if source.remote else None,  # it would delete the shards of a local dataset
+                num_canonical_nodes=canonical_nodes,
+                shuffle=True,
+                shuffle_algo="py1e",  # across shards
+                shuffle_seed=view.seed,
+            )
+        except ValueError as error:  # a cache limit that is no number of bytes, or too low
+            raise UserError(f"{source.location}: {one_line(error)}") from error
+
+    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
+        yield from super().__iter__()  # type: ignore[misc]
+        if self._event.is_set():  # StreamingDataset ends an epoch without an error when one of its threads died
+            raise UserError(f"{self.source.location}: loading shards in the background failed; its error is above")
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch a shard. The background threads do not block and must not raise, see ``ShardStream``."""
+        super().prepare_shard(shard_id, blocking)
+        fault = self.stream.faults.get(self.source.shards[shard_id].name)
+        if blocking and fault:
+            raise UserError(fault)
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Sample:
+        """Read and decode one sample.
+
+        Raises:
+            UserError: its shard cannot be fetched, or it is damaged or not what the manifest says; names the shard.
+        """
+        shard_id, index = self.spanner[sample_id]
+        path = self.source.folder / self.source.shards[shard_id].name
+        seed = derived_seed(self.view.seed, self.next_epoch - 1, int(sample_id))
+        try:
+            return decode_sample(super().get_item(sample_id, retry), self.source.manifest, self.view, seed)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged shard makes the MDS reader, numpy or libjpeg raise
+            raise UserError(f"{path}: sample {index}: {one_line(error)}") from error
