@@ -90,10 +90,12 @@ def describe(config_class: type) -> Iterator[tuple[str, str, str]]:
 def _describe(config_class: type, prefix: str) -> Iterator[tuple[str, str, str]]:
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        nested = _dataclasses_in(hints[field.name])
-        if nested:
+        nested, elements = _dataclasses_in(hints[field.name]), _element_dataclasses_in(hints[field.name])
+        if nested or elements:
             for option in nested:
                 yield from _describe(option, f"{prefix}{field.name}.")
+            for option in elements:
+                yield from _describe(option, f"{prefix}{field.name}[].")
             continue
         default = ""
         if field.default is not dataclasses.MISSING:
@@ -137,6 +139,10 @@ def _refuse_unknown_keys(config_class: type, tree: Any, where: str, prefix: str,
             chosen = _option_of_kind(options, value)
             if chosen is not None:
                 _refuse_unknown_keys(chosen, value, where, f"{prefix}{key}.", known)
+        elements = _element_dataclasses_in(hints[key])
+        if elements and isinstance(value, list):
+            for index, element in enumerate(value):
+                _refuse_unknown_keys(elements[0], element, where, f"{prefix}{key}[{index}].", known)
 
 
 def _suggestion(key: str, prefix: str, siblings: list[str], known: list[str]) -> str:
@@ -169,6 +175,11 @@ def _dataclasses_in(hint: Any) -> list[type]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [option for member in typing.get_args(hint) for option in _dataclasses_in(member)]
     return []
+
+
+def _element_dataclasses_in(hint: Any) -> list[type]:
+    """The dataclass of a hint ``tuple[A, ...]``: a yaml list of mappings."""
+    return _dataclasses_in(typing.get_args(hint)[0]) if typing.get_origin(hint) is tuple else []
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,139 @@
+"""Frames and captions -> the bytes that shards store.
+
+Shapes: T frames, H height, W width; L text tokens, D width of the text states.
+"""
+
+import dataclasses
+import functools
+import io
+import re
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+
+from dataprep.clips import ClipConfig, Shown
+from dataprep.geometry import Size
+from model.data.schema import FrameFormat
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """The stored frames of one cascade stage."""
+
+    name: str  # of its folder in the output
+    height: int  # pixels
+    width: int
+    frame_format: FrameFormat
+    jpeg_quality: int = 95  # Pillow's scale; colour at half resolution
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"a stage's name is made of a-z, 0-9, - and _: '{self.name}'")
+        if not (1 <= self.height <= 8192 and 1 <= self.width <= 8192 and 1 <= self.jpeg_quality <= 100):
+            raise ValueError("height and width lie between 1 and 8192, jpeg_quality between 1 and 100")
+
+    @property
+    def size(self) -> Size:
+        return Size(self.height, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text encoder whose states are stored."""
+
+    path: str  # a local folder or a hub name
+    max_tokens: int  # captions are cut to this many, the end token included
+    batch_size: int = 16  # captions in one forward pass
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.batch_size < 1:
+            raise ValueError("max_tokens and batch_size must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The frames of one clip at one stage, as the columns ``frames`` and ``frame_ends``."""
+
+    frames: bytes
+    frame_ends: np.ndarray  # (T,) uint32
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Consecutive frames of a source."""
+
+    number: int  # within the source
+    start_seconds: float  # after the first frame of the source
+    stages: tuple[Packed, ...]  # in the order of the configured stages
+
+
+def encode_frame(image: np.ndarray, stage: StageConfig) -> bytes:
+    """(H, W, 3) uint8 RGB -> its stored bytes."""
+    if stage.frame_format == "raw":
+        return image.tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=stage.jpeg_quality, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def pack(frames: list[bytes]) -> Packed:
+    """Encoded frames, one behind the other."""
+    return Packed(b"".join(frames), np.cumsum([len(frame) for frame in frames], dtype=np.uint32))
+
+
+def pack_clips(shown: Iterable[Shown], stages: tuple[StageConfig, ...], config: ClipConfig) -> list[Clip]:
+    """Cut what ``clips.read_video`` yields into clips of ``clip_frames``; a remainder below ``min_frames`` is dropped.
+
+    Every picture is encoded once, however often it repeats; only encoded frames are held.
+    """
+    clips: list[Clip] = []
+    pending: list[list[bytes]] = [[] for _ in stages]
+
+    def finish() -> None:
+        if len(pending[0]) >= config.min_frames:
+            start = len(clips) * config.clip_frames / config.frame_rate
+            clips.append(Clip(len(clips), start, tuple(pack(frames) for frames in pending)))
+        for frames in pending:
+            frames.clear()
+
+    for picture in shown:
+        encoded = [encode_frame(image, stage) for image, stage in zip(picture.images, stages, strict=True)]
+        for _ in range(picture.repeats):
+            for frames, data in zip(pending, encoded, strict=True):
+                frames.append(data)
+            if len(pending[0]) == config.clip_frames:
+                finish()
+    finish()
+    return clips
+
+
+def pack_image(images: list[np.ndarray], stages: tuple[StageConfig, ...]) -> Clip:
+    """An image as a clip of one frame."""
+    return Clip(0, 0.0, tuple(pack([encode_frame(image, stage)]) for image, stage in zip(images, stages, strict=True)))
+
+
+def encode_captions(captions: Iterable[str], config: TextConfig) -> dict[str, np.ndarray]:
+    """Caption -> (L, D) uint16, the bits of its bfloat16 T5 states. Each is encoded once, those of a length together."""
+    from model import text  # torch and transformers take seconds to import; the driver does without
+
+    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
+    states: dict[str, np.ndarray] = {}
+    for begin in range(0, len(distinct), config.batch_size):
+        batch = distinct[begin : begin + config.batch_size]
+        encoded = _encoder(config.path, config.max_tokens).encode(batch)
+        states.update((caption, text.pack(state)) for caption, state in zip(batch, encoded, strict=True))
+    return states
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(path: str, max_tokens: int) -> "model.text.TextEncoder":  # type: ignore[name-defined]  # noqa: F821
+    """One encoder per process, on one thread: Spark runs one task per core."""
+    import torch
+
+    from model.text import TextEncoder
+
+    torch.set_num_threads(1)
+    return TextEncoder(path, max_tokens)

