@@ -1,6 +1,7 @@
 """What a run tells its operator: a progress bar, and sample videos in MLflow."""
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from model import media, text
 from model.codec import to_pixels
+from model.data import batch
 from model.denoiser import Denoiser
 from model.diffusion.sampler import SamplerConfig
 from model.ema import EMA
@@ -90,7 +92,7 @@ class SampleVideos(Callback):
 
     def _sample(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
-        if step == self.last_step:
+        if step == self.last_step or getattr(state, "batch", None) is None:  # done already, or resumed at the end
             return
         self.last_step = step
         denoiser = state.model
@@ -109,19 +111,19 @@ class SampleVideos(Callback):
         device = state.device._device
         upsampler = denoiser.config.upsampler
         if upsampler is not None:
-            batch, count = state.batch, self.config.clips
-            video = batch["video"][:count]
+            packed = batch.split(state.batch, self.config.clips)[0]  # packed again once the step is done
+            clips = batch.unpack(state.device.batch_to_device(packed), denoiser.config.network.size[0])
+            video = clips["video"]
             low = functional.avg_pool2d(video.flatten(0, 1), upsampler.factor).unflatten(0, video.shape[:2])
-            rows = slice(0, len(video))
             request = Request(
-                text=batch["text"][rows],
-                text_mask=batch["text_mask"][rows],
-                frame_rate=batch["frame_rate"][rows],
-                resolution=batch["resolution"][rows],
+                text=clips["text"],
+                text_mask=clips["text_mask"],
+                frame_rate=clips["frame_rate"],
+                resolution=clips["resolution"],
                 generators=self._generators(range(len(video))),
                 low_resolution=low,
             )
-            return request, list(batch["caption"][rows])
+            return request, clips["caption"]
         world, rank = dist.get_world_size(), dist.get_global_rank()
         per_rank = -(-len(self.states) // world)
         mine = [(rank * per_rank + i) % len(self.states) for i in range(per_rank)]
@@ -135,7 +137,7 @@ class SampleVideos(Callback):
         )
         return request, [self.config.prompts[i] for i in mine]
 
-    def _generators(self, indices: Any) -> list[torch.Generator]:
+    def _generators(self, indices: Iterable[int]) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(self.config.seed + i) for i in indices]
 
     def _log(self, clips: dict[str, np.ndarray], step: int, logger: Logger) -> None:
