@@ -16,7 +16,8 @@ RUN dnf install -y --disablerepo='cuda*' --setopt=install_weak_deps=False --nodo
     && useradd --create-home --uid 1000 snapvideo \
     && install -d -o snapvideo -g snapvideo /app /app/runs
 
-USER snapvideo
+# By number, which Kubernetes needs in order to see that it is not root.
+USER 1000
 WORKDIR /app
 
 # The packages first: a change of the sources then rebuilds only the last layers.
