@@ -56,7 +56,8 @@ def heun(denoise: Denoise, noise: Tensor, levels: Tensor, sigma_in: float, progr
     """
 
     def drift(x: Tensor, sigma: Tensor) -> Tensor:
-        return (x - denoise(x, sigma.expand(len(x)).to(torch.float32)) / sigma_in) / sigma.to(x.dtype)
+        sigma = sigma.to(x.dtype)
+        return (x - denoise(x, sigma.expand(len(x))) / sigma_in) / sigma
 
     levels = levels.to(noise.device)
     x = levels[0].to(noise.dtype) * noise
