@@ -20,7 +20,7 @@ from dataprep.geometry import Size
 
 # Demuxers of plain files. Playlists and the like (hls, concat, dash) are out: they would open other files.
 DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,gif,ogg,h264,hevc,m4v"
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 TIMESTAMP_SLACK = Fraction(1, 1000)  # seconds; Matroska rounds timestamps to milliseconds
 DURATION_SLACK = 0.25  # seconds; containers also count audio and delays
 

@@ -93,7 +93,7 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         length = max(0, min(len(buffer), self._size - self._position))
         self._file.seek(self._offset + self._position)
-        count = self._file.readinto(buffer[:length]) or 0
+        count = self._file.readinto(memoryview(buffer)[:length]) or 0  # a bytearray's slice would be a copy
         self._position += count
         return count
 

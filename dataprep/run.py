@@ -44,6 +44,8 @@ appender.stderr.name = stderr
 appender.stderr.target = SYSTEM_ERR
 appender.stderr.layout.type = PatternLayout
 appender.stderr.layout.pattern = spark: %m%n%ex
+logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer
+logger.gateway.level = error
 """
 
 
@@ -191,8 +193,11 @@ def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int)
             try:
                 while thread.is_alive():
                     thread.join(POLL_SECONDS)
-                    bar.update(min(done.value, items) - bar.n)
-                    bar.set_postfix(kept=kept.value, clips=clips.value)
+                    if done.value > bar.n:
+                        bar.set_postfix(kept=kept.value, clips=clips.value, refresh=False)
+                        bar.update(min(done.value, items) - bar.n)
+                    elif sys.stderr.isatty():
+                        bar.refresh()  # the clock
             except KeyboardInterrupt:
                 spark.cancelAllJobs()
                 raise
