@@ -22,7 +22,8 @@ from model.data import schema
 from model.data.schema import Manifest, SchemaError
 
 INDEX_NAME = "index.json"
-DOWNLOAD_ATTEMPTS = 3
+DOWNLOAD_ATTEMPTS = 5
+BACKOFF_SECONDS = 1.0  # behind the first failed attempt; doubled behind each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,7 @@ class ShardStream(Stream):
         self.source = source
         self.faults: dict[str, str] = {}  # shard name -> why it could not be fetched, in this process
         self._shards = {shard.name: shard for shard in source.shards}
+        self._remote_files = CloudDownloader.get(source.remote)  # connects at its first download, in the process that needs it
 
     def prepare_shard(self, shard: Reader) -> int:
         """Fetch ``shard`` unless it is here; return how many bytes that added.
@@ -144,7 +146,7 @@ class ShardStream(Stream):
         for attempt in range(DOWNLOAD_ATTEMPTS):
             partial.unlink(missing_ok=True)
             try:
-                _download(f"{self.source.remote}/{shard.name}", partial)
+                self._remote_files.download(f"{self.source.remote}/{shard.name}", str(partial))
                 damage = _damage(partial, shard, hashes=True)
                 if damage:
                     raise OSError(f"the download from {self.source.remote} is damaged: {damage}")
@@ -154,7 +156,7 @@ class ShardStream(Stream):
                 partial.unlink(missing_ok=True)
                 if attempt + 1 == DOWNLOAD_ATTEMPTS:
                     raise
-                time.sleep(2**attempt)
+                time.sleep(BACKOFF_SECONDS * 2**attempt)
 
 
 def _fetch_descriptions(remote: str, cache: Path) -> Path:
@@ -164,7 +166,7 @@ def _fetch_descriptions(remote: str, cache: Path) -> Path:
         files = [Path(scratch, name) for name in (schema.MANIFEST_NAME, INDEX_NAME)]
         for file in files:
             try:
-                _download(f"{remote}/{file.name}", file)
+                CloudDownloader.direct_download(f"{remote}/{file.name}", str(file))
             except Exception as error:  # each storage's client has its own; all mean that nothing can be read there
                 raise UserError(f"{remote}/{file.name}: {one_line(error)}") from error
         # Named after the contents: shards of an earlier version at the same address are never mistaken for this one's.
@@ -174,10 +176,6 @@ def _fetch_descriptions(remote: str, cache: Path) -> Path:
         for file in files:
             file.replace(folder / file.name)
     return folder
-
-
-def _download(address: str, path: Path) -> None:
-    CloudDownloader.direct_download(address, str(path))
 
 
 def _read_index(path: Path) -> tuple[Shard, ...]:

@@ -66,7 +66,7 @@ def test_derived_seeds_are_fixed_distinct_and_fit_int64() -> None:
     seeds = {derived_seed(*parts) for parts in np.ndindex(5, 6, 7)}
     assert len(seeds) == 5 * 6 * 7
     assert derived_seed(1, 2, 3) == derived_seed(1, 2, 3)
-    assert 0 <= min(seeds) and max(seeds) < 2**63
+    assert min(seeds) >= 0 and max(seeds) < 2**63
 
 
 @pytest.mark.parametrize("kind", ["raw", "jpeg"])
