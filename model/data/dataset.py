@@ -1,10 +1,15 @@
 """Shards -> training batches: videos and images, mixed in each batch in a fixed share, in an order that resumes exactly."""
 
+import contextlib
+import fcntl
 import itertools
 import math
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,11 +158,11 @@ class JointDataset(IterableDataset[Sample]):
         self.canonical_nodes = config.canonical_nodes
         view = View(config.frames, config.frame_rates, config.text_width, config.max_tokens, config.seed)
         self.parts: dict[Kind, ClipDataset] = {}
-        for kind, source in sources.items():
-            count = mix.count(kind)
-            self.parts[kind] = ClipDataset(
-                source, view, count, self.batches * count * world_size, config.canonical_nodes, config.local_limit
-            )
+        with _names_of_shared_memory(world):
+            for kind, source in sources.items():
+                count = mix.count(kind)
+                epoch_size = self.batches * count * world_size
+                self.parts[kind] = ClipDataset(source, view, count, epoch_size, config.canonical_nodes, config.local_limit)
         self._position = {"epoch": 0, "sample_in_epoch": 0}  # where iteration begins, in samples over all processes
         # What the order depends on: a checkpoint's position means nothing under another.
         self._order = {
@@ -324,6 +329,25 @@ def build_loader(config: DataConfig, global_batch_size: int) -> DataSpec:
         split_batch=batch.split,
         get_num_samples_in_batch=batch.num_samples,
     )
+
+
+@contextlib.contextmanager
+def _names_of_shared_memory(world: World) -> Iterator[None]:
+    """Let one run of this machine at a time choose names for its shared memory. Collective.
+
+    StreamingDataset looks for names that are free and takes them a moment later; of two runs that start together one would die.
+    """
+    with contextlib.ExitStack() as stack:
+        if world.is_local_leader:
+            path = Path(f"/dev/shm/streaming-names-{os.getuid()}.lock")  # noqa: S108
+            lock = stack.enter_context(path.open("a"))
+            for _ in range(600):  # a minute; runs on several nodes could wait for each other's locks
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.1)
+        dist.barrier()
+        yield
 
 
 def _require_match(manifest: Manifest, kind: Kind, where: str, config: DataConfig) -> None:

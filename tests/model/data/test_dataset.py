@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import mmap
 import os
 import socket
 import subprocess
@@ -162,16 +163,23 @@ def test_a_checkpoint_of_another_order_is_refused(both) -> None:
 
 
 def test_a_position_left_in_shared_memory_by_a_killed_run_is_not_taken_up(both) -> None:
-    expected = epoch(build_loader(both, 8).dataloader)
-    left = build_loader(both, 8).dataloader.dataset
-    left.load_state_dict({**left.state_dict(0, True), "epoch": 5, "sample_in_epoch": 40})
-    left._start_parts()  # as it would lie there
-    prefixes = [part._shm_prefix_int for part in left.parts.values()]
-    for part in left.parts.values():  # everything but the position goes, as a partial clean-up leaves it
-        part._locals_shm.cleanup()
-    fresh = build_loader(both, 8).dataloader
-    assert fresh.dataset.batches_left() == 9
-    assert epoch(fresh) == expected, prefixes
+    first = build_loader(both, 8).dataloader
+    expected = epoch(first)
+    free = max(part._shm_prefix_int for part in first.dataset.parts.values()) + 1
+    # Another run, with its own folder for temporary files, holds the next name; behind it lies what a killed one left.
+    locals_ = b"/elsewhere\0" + str(free).encode()
+    position = {"epoch": 5, "sample_in_epoch": 16, "num_canonical_nodes": 1, "shuffle_seed": 7, "initial_physical_nodes": 1}
+    left = {f"{free:06}_locals": (4 + len(locals_)).to_bytes(4, "little") + locals_}
+    left |= {f"{number:06}_resume": json.dumps(position).encode() for number in (free + 1, free + 2)}
+    for name, data in left.items():
+        Path("/dev/shm", name).write_bytes(data.ljust(mmap.PAGESIZE, b"\0"))
+    try:
+        fresh = build_loader(both, 8).dataloader
+        assert [part._shm_prefix_int for part in fresh.dataset.parts.values()] == [free + 1, free + 2]  # it is where those lie
+        assert epoch(fresh) == expected
+    finally:
+        for name in left:
+            Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 class Probe(ComposerModel):
