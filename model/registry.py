@@ -1,5 +1,10 @@
 """MLflow: where runs are tracked and models are published. ``models:/NAME@ALIAS`` is all that a sampler needs."""
 
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +40,9 @@ def ensure_experiment(config: TrackingConfig) -> str:
     if config.uri.startswith("sqlite:///"):
         Path(config.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        client = MlflowClient(config.uri)
+        with _quiet_migrations():
+            client = MlflowClient(config.uri)
+            client.search_experiments(max_results=1)
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is not None:
             return str(experiment.experiment_id)
@@ -43,6 +50,18 @@ def ensure_experiment(config: TrackingConfig) -> str:
         return str(client.create_experiment(config.experiment, artifact_location=root))
     except MlflowException as error:
         raise UserError(f"MLflow at {config.uri}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet_migrations() -> Iterator[None]:
+    """A new SQLite store announces 40 schema changes on stderr; show them only if creating it fails."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+    except Exception:
+        print(told.getvalue(), file=sys.stderr)
+        raise
 
 
 def make_logger(config: TrackingConfig, run_name: str) -> MLFlowLogger:
@@ -96,8 +115,16 @@ def fetch(uri: str, tracking_uri: str) -> Path:
         return Path(uri)
     if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).is_file():
         raise UserError(f"{uri}: no MLflow store at {tracking_uri}")
+    parts = re.fullmatch(r"models:/([^/@]+)([/@])([^/@]+)", uri)
+    if parts is None:
+        raise UserError(f"{uri}: not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, mark, pointer = parts.groups()
     try:
-        return Path(artifacts.download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri))
+        client = MlflowClient(tracking_uri)
+        version = client.get_model_version_by_alias(name, pointer).version if mark == "@" else pointer
+        # Resolved here: MLflow's own models:/ scheme asks a process-wide registry, not this store.
+        source = client.get_model_version_download_uri(name, version)
+        return Path(artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking_uri))
     except (MlflowException, OSError) as error:
         raise UserError(f"{uri}: {_first_line(error)} (MLflow at {tracking_uri})") from error
 

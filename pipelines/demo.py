@@ -139,8 +139,9 @@ def _captions(shards: Path, count: int) -> tuple[str, ...]:
     """The first distinct captions of the prepared data."""
     found: dict[str, None] = {}
     for kind in _counts(shards / "stage1"):
-        for sample in LocalDataset(str(shards / "stage1" / kind)):
-            found[sample["caption"]] = None
+        samples = LocalDataset(str(shards / "stage1" / kind))
+        for i in range(len(samples)):
+            found[samples[i]["caption"]] = None
             if len(found) == count:
                 return tuple(found)
     return tuple(found)
