@@ -158,6 +158,19 @@ def make(config: SceneFilesConfig) -> Path:
     return output
 
 
+@contextlib.contextmanager
+def _kept_scheduling() -> Iterator[None]:
+    """Puts the thread's scheduling back. Run by root, the av1 encoder makes the thread that opens it real-time, processes
+    started later inherit it, and one that waits in a loop (py-cpuinfo, which Composer calls, does) then starves the machine.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+@_kept_scheduling()
 def encode_video(item: Item) -> bytes:
     """The bytes of a video file: one thread, frames at exactly ``item.times``, rounded to the container's clock."""
     os.environ.setdefault("SVT_LOG", "1")  # errors only; the av1 encoder greets on standard error otherwise

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -207,3 +208,10 @@ def test_command(tmp_path: Path) -> None:
     wrong = subprocess.run([*arguments, "num_video=1"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "did you mean 'num_videos'?" in wrong.stderr
+
+
+def test_the_av1_encoder_leaves_the_process_at_its_scheduling(config: SceneFilesConfig) -> None:
+    item = next(item for item in plan_items(config) if item.encoder == "libsvtav1")
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    scene_files.encode_video(item)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
