@@ -13,7 +13,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a mistake
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning about forks in data loader workers
 os.environ["MPLBACKEND"] = "Agg"
 
-
 SCHEDULING = os.sched_getscheduler(0), os.sched_getparam(0)
 
 
