@@ -80,9 +80,9 @@ class TrainConfig:
 
 def train(c: TrainConfig) -> None:
     """Build everything, fit, publish."""
-    # Composer asks py-cpuinfo for the processor's name at the first checkpoint; its probe runs machine code in a child process, and
-    # was seen to spin for ten minutes on both ranks of a virtual machine.
-    collect_env.get_cpu_model = platform.processor
+    # For a checkpoint's metadata Composer asks py-cpuinfo for the processor's name: a probe in a child process, which runs machine
+    # code and was seen to spin for ten minutes under both ranks of a virtual machine.
+    collect_env.get_cpu_model = platform.processor  # type: ignore[assignment]
     device = get_device(None)
     dist.initialize_dist(device, timeout=1800.0)
     if device.name == "cpu":
