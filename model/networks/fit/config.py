@@ -30,6 +30,20 @@ class FITConfig:
     checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass
 
     def __post_init__(self) -> None:
+        for name in ("size", "patch", "group"):
+            for axis, value in zip(("frames", "height", "width"), getattr(self, name), strict=True):
+                if value < 1:
+                    raise ValueError(f"{name}: {axis} must be at least 1, got {value}")
+        for name in (
+            "channels", "patch_width", "latent_tokens", "latent_width", "blocks", "patch_head_width", "latent_head_width",
+            "conditioning_width", "text_width",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.global_layers < 0:
+            raise ValueError(f"global_layers must not be negative, got {self.global_layers}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         for axis, size, patch, group in zip(("frames", "height", "width"), self.size, self.patch, self.group, strict=True):
             if size % patch:
                 raise ValueError(f"size: {axis} {size} does not divide into patches of {patch}")
@@ -59,3 +73,8 @@ class FITConfig:
     def patch_tokens(self) -> int:
         """Number of patch tokens."""
         return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The sizes of its sequences by name, for people to read."""
+        return {"patch": self.patch_tokens, "latent": self.latent_tokens, "groups": self.groups}

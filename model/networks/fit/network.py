@@ -110,7 +110,8 @@ class FIT(nn.Module):
     """The network F: noisy video and conditioning -> normalised target, with latents to carry on.
 
     Raises:
-        ValueError: an input of another size or text of another width than configured, or an upsampler without its input.
+        ValueError: an input of another size, or text or latents of another width, than configured, or an upsampler without its
+            low-resolution video.
     """
 
     def __init__(self, config: FITConfig) -> None:
@@ -151,7 +152,7 @@ class FIT(nn.Module):
             latents: (B, G M, Z) of the previous evaluation; None (the first one) counts as zeros.
             latents_only: skip the last write and the head, for the pass that only prepares the latents.
         """
-        self._check(video, conditioning)
+        self._check(video, conditioning, latents)
         c = self.config
         tokens, mask = self.conditioning(conditioning)
         if conditioning.low_resolution is not None:
@@ -188,7 +189,7 @@ class FIT(nn.Module):
             nt=t // gt, t=gt, nh=h // gh, h=gh, nw=w // gw, w=gw, pt=pt, ph=ph, pw=pw,
         )  # fmt: skip
 
-    def _check(self, video: Tensor, conditioning: Conditioning) -> None:
+    def _check(self, video: Tensor, conditioning: Conditioning, latents: Tensor | None) -> None:
         c = self.config
         expected = (c.size[0], c.channels, *c.size[1:])
         if tuple(video.shape[1:]) != expected:
@@ -197,3 +198,9 @@ class FIT(nn.Module):
             raise ValueError(f"text: width is {conditioning.text.shape[-1]}, the network is built for {c.text_width}")
         if c.upsampler != (conditioning.low_resolution is not None):
             raise ValueError(f"low_resolution: must be given to an upsampler and only there (upsampler is {c.upsampler})")
+        if conditioning.low_resolution is not None and conditioning.low_resolution.shape != video.shape:
+            found = tuple(conditioning.low_resolution.shape[1:])
+            raise ValueError(f"low_resolution: (T, C, H, W) is {found}, the network is built for {expected}")
+        if latents is not None and tuple(latents.shape[1:]) != (c.latent_tokens, c.latent_width):
+            found, expected = tuple(latents.shape[1:]), (c.latent_tokens, c.latent_width)
+            raise ValueError(f"latents: (tokens, width) is {found}, the network is built for {expected}")

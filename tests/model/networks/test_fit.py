@@ -1,0 +1,319 @@
+"""FIT: published sizes, locality, what must not matter and what must."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.networks import catalogue
+from model.networks.conditioning import Conditioning
+from model.networks.fit.config import FITConfig
+from model.networks.fit.network import FIT
+from model.networks.layers import reset_parameters
+
+# The columns of Table 8. The padded heights and the groups' order (T x H x W) are as the specification reads them.
+FIT_500M = FITConfig()
+FIT_3900M = FITConfig(
+    patch_width=1024, latent_tokens=768, latent_width=3072, patch_head_width=64, latent_head_width=128, conditioning_width=1024
+)
+FIT_3900M_UP = replace(FIT_3900M, size=(16, 288, 512), group=(16, 18, 16), position="factorised", upsampler=True)
+
+
+def build(config: FITConfig) -> FIT:
+    """In float64, so that what must not matter differs by nothing but rounding; self-conditioning is heard."""
+    torch.manual_seed(0)
+    network = catalogue.build(config)
+    assert isinstance(network, FIT)
+    nn.init.normal_(network.self_conditioning_norm.weight)
+    return network.double()
+
+
+def video(batch: int, config: FITConfig) -> Tensor:
+    frames, height, width = config.size
+    return torch.randn(batch, frames, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def previous(batch: int, config: FITConfig) -> Tensor:
+    shape = (batch, config.latent_tokens, config.latent_width)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def expected_parameters(c: FITConfig) -> int:
+    """Counted from the description: layer norms on both sides, bias-free projections, the smaller side's width inside."""
+
+    def attention(query: int, context: int | None) -> int:
+        inner = min(query, context or query)
+        norms = 2 * query + (2 * context if context else 0)
+        return norms + query * inner + (context or query) * 2 * inner + inner * query
+
+    def feed_forward(width: int) -> int:
+        return 2 * width + width * 4 * width + 4 * width + 4 * width * width + width
+
+    p, z, w, pixels = c.patch_width, c.latent_width, c.conditioning_width, 3 * math.prod(c.patch)
+    block = attention(z, w) + attention(z, p) + attention(p, z) + 2 * feed_forward(z) + feed_forward(p)
+    block += c.global_layers * (attention(z, None) + feed_forward(z))
+    scalar = (128 * w + w) + (w * w + w)
+    tokens = c.text_width * w + w + 2 * w + (5 if c.upsampler else 4) * scalar
+    stem = pixels * (2 if c.upsampler else 1) * p + p
+    frames, height, width = c.grid
+    places = frames + height * width if c.position == "factorised" else frames * height * width
+    latents = c.latent_tokens * z + feed_forward(z) + 2 * z
+    return c.blocks * block + tokens + stem + places * p + latents + 2 * p + p * pixels + pixels
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "groups", "published"),
+    [(FIT_500M, 2560, 8, 0.50e9), (FIT_3900M, 2560, 8, 3.92e9), (FIT_3900M_UP, 147_456, 32, 3.92e9)],
+    ids=["500M", "3.9B", "3.9B Up"],
+)
+def test_published_sizes(config: FITConfig, tokens: int, groups: int, published: float) -> None:
+    assert (config.patch_tokens, config.groups, config.patch_tokens // config.groups) == (tokens, groups, tokens // groups)
+    parameters = sum(p.numel() for p in catalogue.build(config, "meta").parameters())
+    assert parameters == expected_parameters(config)
+    assert parameters == pytest.approx(published, rel=0.01)
+
+
+def test_a_full_table_of_positions_would_exceed_the_published_upsampler() -> None:
+    sizes = {
+        kind: sum(p.numel() for p in catalogue.build(replace(FIT_3900M_UP, position=kind), "meta").position.parameters())
+        for kind in ("full", "factorised")
+    }
+    assert sizes == {"full": 147_456 * 1024, "factorised": (16 + 72 * 128) * 1024}
+
+
+def test_patches_are_in_reading_order_and_groups_are_boxes(tiny) -> None:
+    network, clip = build(tiny), video(2, tiny)
+    (frames, rows, columns), (_, high, wide) = tiny.grid, tiny.group
+    patches = network._to_patches(clip)
+    groups = network._to_groups(patches)
+    assert patches.shape == (2, 96, 12)
+    assert groups.shape == (2 * 4, 24, 12)
+    for t, h, w in itertools.product(range(frames), range(rows), range(columns)):
+        pixels = clip[1, t, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
+        assert torch.equal(patches[1, (t * rows + h) * columns + w], pixels)
+        group = 4 + (h // high) * 2 + w // wide
+        assert torch.equal(groups[group, (t * high + h % high) * wide + w % wide], pixels)
+
+
+@pytest.mark.parametrize(
+    "shape", [((4, 8, 12), (1, 2, 2), (4, 2, 3)), ((4, 6, 4), (2, 3, 2), (1, 2, 1)), ((2, 4, 4), (1, 1, 1), (2, 4, 4))]
+)
+def test_unpatching_inverts_patching(tiny, shape: tuple[tuple[int, int, int], ...]) -> None:
+    size, patch, group = shape
+    config = replace(tiny, size=size, patch=patch, group=group, latent_tokens=48)
+    network, clip = build(config), video(3, config)
+    assert torch.equal(network._to_video(network._to_groups(network._to_patches(clip))), clip)
+
+
+@pytest.mark.parametrize("position", ["full", "factorised"])
+def test_every_patch_has_its_own_unit_variance_position(tiny, position: str) -> None:
+    table = build(replace(tiny, position=position, patch_width=160)).position().detach()
+    assert table.shape == (96, 160)
+    assert float(table.std()) == pytest.approx(1, rel=0.05)
+    assert len(torch.unique(table, dim=0)) == 96
+    if position == "factorised":  # frame and place add up: (t, p) - (t, q) is the same in all frames
+        by_frame = table.unflatten(0, (4, 24))
+        torch.testing.assert_close(by_frame[0] - by_frame[0, :1], by_frame[3] - by_frame[3, :1])
+
+
+@pytest.mark.parametrize("global_layers", [0, 1])
+def test_reads_and_writes_stay_in_their_group_and_global_layers_mix(tiny, conditioning, global_layers: int) -> None:
+    config = replace(tiny, global_layers=global_layers)
+    network, clip, told = build(config), video(1, config), conditioning(1)
+    before = network(clip, told).video
+    changed = clip.clone()
+    changed[0, 2, 1, 5, 3] += 1  # in the lower left group: rows 4 to 7, columns 0 to 5
+    moved = (network(changed, told).video - before).abs() > 1e-9
+    inside = torch.zeros(8, 12, dtype=torch.bool)
+    inside[4:, :6] = True
+    assert moved[..., inside].all()  # all frames of the group hear of it
+    assert bool(moved[..., ~inside].any()) == (global_layers > 0)
+
+
+def test_padding_in_text_does_not_matter(tiny, conditioning) -> None:
+    network, clip, told = build(tiny), video(4, tiny), conditioning(4, torch.float64)
+    before = network(clip, told)
+    garbage = torch.where(told.text_mask[..., None], told.text, 1e3 * torch.randn(4, 5, 6, dtype=torch.float64))
+    longer = replace(
+        told,
+        text=torch.cat([garbage, torch.full((4, 7, 6), 50.0, dtype=torch.float64)], dim=1),
+        text_mask=torch.cat([told.text_mask, torch.zeros(4, 7, dtype=torch.bool)], dim=1),
+    )
+    for other in (replace(told, text=garbage), longer):
+        after = network(clip, other)
+        torch.testing.assert_close(after.video, before.video, rtol=0, atol=1e-12)
+        torch.testing.assert_close(after.latents, before.latents, rtol=0, atol=1e-12)
+    seen = told.text_mask.clone()
+    seen[0, 3] = True  # one token more that counts does matter, to its own sample
+    moved = (network(clip, replace(told, text_mask=seen)).video - before.video).abs().amax(dim=(1, 2, 3, 4))
+    assert (moved > 1e-6).tolist() == [True, False, False, False]
+
+
+def test_dropped_text_is_the_same_whatever_the_text(tiny, conditioning) -> None:
+    network, clip, told = build(tiny), video(4, tiny), conditioning(4)
+    dropped = network(clip, told.without_text()).video
+    other = replace(told, text=torch.randn(4, 5, 6), text_mask=torch.ones(4, 5, dtype=torch.bool))
+    torch.testing.assert_close(network(clip, other.without_text()).video, dropped, rtol=0, atol=1e-12)
+    assert (network(clip, told).video - dropped).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-6
+    with torch.no_grad():
+        nn.init.normal_(network.conditioning.null_text)
+    assert (network(clip, told.without_text()).video - dropped).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-6
+
+
+def test_images_are_told_by_their_infinite_rate(tiny, conditioning) -> None:
+    network, clip = build(tiny), video(1, tiny).expand(3, -1, -1, -1, -1)
+    rates = torch.tensor([24.0, math.inf, 12.0])
+    alike = {
+        name: value[:1].repeat(3, *[1] * (value.ndim - 1)) for name, value in vars(conditioning(1)).items() if value is not None
+    }
+    told = Conditioning(**alike | {"frame_rate": rates})
+    before = network(clip, told).video
+    assert before.isfinite().all()
+    for a, b in [(0, 1), (0, 2), (1, 2)]:
+        assert (before[a] - before[b]).abs().max() > 1e-6
+    with torch.no_grad():
+        nn.init.normal_(network.conditioning.image)
+    moved = (network(clip, told).video - before).abs().amax(dim=(1, 2, 3, 4)) > 1e-9
+    assert moved.tolist() == [False, True, False]
+
+
+def test_samples_of_a_batch_do_not_see_each_other(tiny, conditioning) -> None:
+    network, clip, told = build(tiny), video(4, tiny), conditioning(4)
+    whole = network(clip, told, previous(4, tiny))
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = Conditioning(**{name: None if value is None else value[one] for name, value in vars(told).items()})
+        output = network(clip[one], alone, previous(4, tiny)[one])
+        torch.testing.assert_close(output.video, whole.video[one], rtol=0, atol=1e-12)
+        torch.testing.assert_close(output.latents, whole.latents[one], rtol=0, atol=1e-12)
+
+
+def test_self_conditioning_is_silent_at_first_then_heard(tiny, conditioning) -> None:
+    network, clip, told = build(tiny), video(2, tiny), conditioning(2)
+    first = network(clip, told).video
+    torch.testing.assert_close(network(clip, told, torch.zeros(2, 8, 24, dtype=torch.float64)).video, first, rtol=0, atol=0)
+    assert (network(clip, told, previous(2, tiny)).video - first).abs().max() > 1e-6
+    torch.manual_seed(0)
+    fresh = catalogue.build(tiny).double()
+    assert torch.equal(fresh(clip, told, previous(2, tiny)).video, fresh(clip, told).video)
+
+
+def test_the_pass_for_latents_gives_the_latents_of_the_full_pass(tiny, conditioning) -> None:
+    network, clip, told = build(tiny), video(2, tiny), conditioning(2)
+    full = network(clip, told, previous(2, tiny))
+    short = network(clip, told, previous(2, tiny), latents_only=True)
+    assert short.video is None
+    assert full.video.shape == clip.shape
+    assert full.latents.shape == (2, tiny.latent_tokens, tiny.latent_width)
+    assert torch.equal(short.latents, full.latents)
+
+
+def test_checkpointed_blocks_give_the_same_gradients(tiny, conditioning) -> None:
+    config = replace(tiny, dropout=0.3)
+    plain, frugal = build(config), build(replace(config, checkpoint_blocks=True))
+    calls = {id(plain): 0, id(frugal): 0}
+    losses = []
+    for network in (plain, frugal):
+
+        def count(module: nn.Module, inputs: object, output: object, key: int = id(network)) -> None:
+            calls[key] += 1
+
+        network.blocks[1].read.register_forward_hook(count)
+        torch.manual_seed(3)
+        loss = network(video(2, config), conditioning(2), previous(2, config)).video.square().mean()
+        loss.backward()
+        losses.append(loss)
+    assert calls == {id(plain): 1, id(frugal): 2}  # once more in the backward pass
+    assert torch.equal(losses[0], losses[1])
+    for (name, a), b in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        if a.grad is None:
+            assert b.grad is None, name
+        else:
+            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("upsampler", [False, True])
+@pytest.mark.parametrize("position", ["full", "factorised"])
+def test_every_parameter_gets_a_gradient(tiny, conditioning, upsampler: bool, position: str) -> None:
+    config = replace(tiny, upsampler=upsampler, position=position)
+    network, clip = build(config), video(4, config)
+    told = conditioning(4).without_text(torch.tensor([True, False, False, False]))
+    if upsampler:
+        told = replace(told, low_resolution=video(4, config).flip(0), corruption=torch.rand(4))
+    network(clip, told, previous(4, config)).video.square().mean().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-12]
+    assert silent == []
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+def test_an_upsampler_sees_its_low_resolution_video(tiny, conditioning) -> None:
+    config = replace(tiny, upsampler=True)
+    network, clip = build(config), video(2, config)
+    told = conditioning(2, low_resolution=video(2, config).flip(0), corruption=torch.zeros(2))
+    before = network(clip, told).video
+    assert (network(clip, replace(told, low_resolution=clip)).video - before).abs().max() > 1e-6
+    assert (network(clip, replace(told, corruption=torch.ones(2))).video - before).abs().max() > 1e-6
+
+
+def test_every_parameter_is_initialised_and_the_start_is_tame(tiny, conditioning) -> None:
+    network = catalogue.build(replace(tiny, upsampler=True))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.fill_(math.nan)
+    torch.manual_seed(0)
+    reset_parameters(network)
+    assert all(p.isfinite().all() for p in network.parameters())
+    clip = video(4, tiny).float()
+    output = network(clip, conditioning(4, low_resolution=clip, corruption=torch.rand(4)))
+    assert 0.02 < float(output.video.std()) < 1  # small beside its unit-variance target, but not zero
+    assert 0.3 < float(output.latents.std()) < 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (4, 9, 12)}, "^size: height 9 does not divide into patches of 2"),
+        ({"size": (4, 8, 13)}, "^size: width 13 does not divide into patches of 2"),
+        ({"patch": (3, 2, 2)}, "^size: frames 4 does not divide into patches of 3"),
+        ({"group": (4, 3, 3)}, "^group: height 8 has 4 patches, which do not divide into groups of 3"),
+        ({"group": (3, 2, 3)}, "^group: frames 4 has 4 patches"),
+        ({"latent_tokens": 10}, "^latent_tokens 10 do not divide among 4 groups"),
+        ({"patch_head_width": 7}, "^patch_head_width 7 does not divide the attention's inner width 16"),
+        ({"latent_head_width": 16}, "^latent_head_width 16 does not divide the attention's inner width 24"),
+        ({"latent_head_width": 12}, "^latent_head_width 12 does not divide the attention's inner width 16"),
+        ({"patch": (1, 0, 2)}, "^patch: height must be at least 1, got 0"),
+        ({"group": (4, 2, -3)}, "^group: width must be at least 1, got -3"),
+        ({"size": (0, 8, 12)}, "^size: frames must be at least 1, got 0"),
+        ({"patch_head_width": 0}, "^patch_head_width must be at least 1, got 0"),
+        ({"latent_tokens": 0}, "^latent_tokens must be at least 1, got 0"),
+        ({"dropout": 1.0}, "^dropout must be in"),
+    ],
+)
+def test_shapes_that_do_not_divide_are_named(tiny, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(tiny, **changes)
+
+
+def test_inputs_of_another_shape_are_named(tiny, conditioning) -> None:
+    network, clip, told = build(tiny), video(2, tiny), conditioning(2)
+    with pytest.raises(ValueError, match=r"^video: \(T, C, H, W\) is \(4, 3, 8, 10\), the network is built for \(4, 3, 8, 12\)"):
+        network(clip[..., :10], told)
+    with pytest.raises(ValueError, match="^text: width is 5, the network is built for 6"):
+        network(clip, replace(told, text=told.text[..., :5]))
+    with pytest.raises(ValueError, match="^low_resolution: "):
+        network(clip, replace(told, low_resolution=clip))
+    with pytest.raises(ValueError, match="^low_resolution: "):
+        build(replace(tiny, upsampler=True))(clip, told)
+    with pytest.raises(ValueError, match="^latents: "):
+        network(clip, told, previous(2, tiny)[:, :4])
+    upsampler = build(replace(tiny, upsampler=True))
+    with pytest.raises(ValueError, match="^low_resolution: "):
+        upsampler(clip, replace(told, low_resolution=clip[:, :, :, :4], corruption=torch.zeros(2)))
+
+
+def test_each_block_is_sharded_on_its_own(tiny) -> None:
+    network = build(tiny)
+    assert [name for name, module in network.named_modules() if network.fsdp_wrap_fn(module)] == ["blocks.0", "blocks.1"]
