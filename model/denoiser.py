@@ -27,6 +27,12 @@ class UpsamplerConfig:
     factor: int = 8
     max_corruption: float = 0.5  # std of the noise in training is uniform in [0, this]
 
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor must be at least 1, got {self.factor}")
+        if self.max_corruption < 0:
+            raise ValueError(f"max_corruption must not be negative, got {self.max_corruption}")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -40,6 +46,9 @@ class ModelConfig:
     text_dropout: float = 0.1  # "label dropout": share of samples that train without text, for guidance
 
     def __post_init__(self) -> None:
+        for name in ("self_conditioning", "text_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         c, size = self.codec, self.network.size
         if (c.height + c.pad_bottom, c.width + c.pad_right) != size[1:]:
             padded = f"{c.height}x{c.width} padded by {c.pad_bottom} and {c.pad_right}"

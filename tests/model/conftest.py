@@ -60,6 +60,33 @@ def conditioning() -> Callable[..., Conditioning]:
     return build
 
 
+@pytest.fixture
+def stage(tiny: FITConfig) -> Callable[..., Any]:
+    """``stage(**changes)`` is a ModelConfig of 6x12 pixels, padded by 2 rows; with ``upsampler=``, of an upsampler."""
+    from model.codec import PixelCodecConfig
+    from model.denoiser import ModelConfig
+
+    def build(**changes: Any) -> ModelConfig:
+        codec = PixelCodecConfig(height=6, width=12, pad_bottom=2)
+        network = replace(tiny, upsampler="upsampler" in changes)
+        return ModelConfig(**{"codec": codec, "network": network, **changes})
+
+    return build
+
+
+@pytest.fixture
+def clips(conditioning: Callable[..., Conditioning]) -> Callable[[int], dict[str, Any]]:
+    """``clips(batch)``: what the model sees in training, for ``stage``'s models."""
+
+    def build(batch: int) -> dict[str, Any]:
+        told = conditioning(batch)
+        names = ("text", "text_mask", "frame_rate", "resolution")
+        video = torch.rand(batch, 4, 3, 6, 12, generator=torch.Generator().manual_seed(7)) * 2 - 1
+        return {"video": video, **{name: getattr(told, name) for name in names}}
+
+    return build
+
+
 def row(kind: Kind, number: int, frames: int, frame_format: str, size: tuple[int, int]) -> dict[str, Any]:
     """Sample ``number``: pixel (0, 0) of frame f holds (number, f, 7 if an image); a raw frame's rest, the state rows too."""
     pixels = np.zeros((frames, *size, 3), np.uint8)

@@ -1,0 +1,231 @@
+"""The training objective and D: what counts in the loss, and what cannot be heard."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.codec import PixelCodecConfig
+from model.denoiser import Denoiser, LossTerms, ModelConfig, UpsamplerConfig
+from model.diffusion.edm import DiffusionConfig
+from model.networks.fit.network import FITOutput
+
+
+class Listening(nn.Module):
+    """Calls a network, notes what goes in and out, and may change what comes out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.calls: list[dict[str, Any]] = []
+        self.noise = torch.zeros(())  # added to the network's output
+
+    def forward(self, video: Tensor, conditioning: Any, latents: Tensor | None = None, latents_only: bool = False) -> FITOutput:
+        output = self.network(video, conditioning, latents, latents_only)
+        if output.video is not None:
+            output = FITOutput(output.video + self.noise, output.latents)
+        call = {"input": video, "conditioning": conditioning, "latents": latents, "latents_only": latents_only}
+        self.calls.append({**call, "output": output, "grad": torch.is_grad_enabled()})
+        return output
+
+
+def build(config: ModelConfig) -> tuple[Denoiser, Listening]:
+    torch.manual_seed(0)
+    denoiser = Denoiser(config)
+    nn.init.normal_(denoiser.network.self_conditioning_norm.weight)
+    denoiser.network = Listening(denoiser.network)
+    return denoiser, denoiser.network
+
+
+def seeded(denoiser: Denoiser, batch: dict[str, Any], seed: int = 3) -> LossTerms:
+    torch.manual_seed(seed)
+    return denoiser(batch)
+
+
+@pytest.mark.parametrize(
+    "diffusion", [DiffusionConfig(), DiffusionConfig(sigma_in=32.0), DiffusionConfig(sigma_in=4.0, sigma_data=0.5)]
+)
+def test_the_loss_is_equation_3(stage, clips, diffusion: DiffusionConfig) -> None:
+    denoiser, network = build(stage(diffusion=diffusion))
+    batch = clips(4)
+    terms = seeded(denoiser, batch)
+    # From what the network saw and said, in the form lambda |D - x|^2 of Table 1, on the media's pixels alone.
+    s, s_d, s_i = terms.sigma.double()[:, None, None, None, None], diffusion.sigma_data, diffusion.sigma_in
+    x_sigma = network.calls[-1]["input"].double() * (s_d**2 / s_i**2 + s**2).sqrt()
+    c_skip = s_i * s_d**2 / (s_i * s**2 + s_d**2)
+    c_out = -s_i * s * s_d * (s**2 + s_d**2).sqrt() / (s_d**2 + s_i * s**2)
+    estimate = c_skip * x_sigma + c_out * network.calls[-1]["output"].video.double()
+    errors = (estimate[..., :6, :] - batch["video"].double()) ** 2
+    expected = (1 / s_d**2 + 1 / s.flatten() ** 2) * errors.mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(denoiser.loss(terms, batch), terms.loss.mean())
+    torch.testing.assert_close(network.calls[-1]["conditioning"].c_noise, terms.sigma.log() / 4)
+    # The noisy input is x / s_i plus unit noise of std sigma.
+    padded = functional.pad(batch["video"], (0, 0, 0, 2)).double()
+    noise = (x_sigma - padded / s_i) / s
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    assert len(torch.unique(terms.sigma)) == 4
+
+
+def test_padding_is_out_of_the_loss(stage, clips) -> None:
+    denoiser, network = build(stage())
+    batch = clips(4)
+    before = seeded(denoiser, batch).loss
+    garbage = 100 * torch.randn(4, 4, 3, 8, 12)
+    garbage[..., :6, :] = 0
+    network.noise = garbage
+    assert torch.equal(seeded(denoiser, batch).loss, before)
+    network.noise = torch.zeros_like(garbage)
+    network.noise[2, 1, 0, 5, 11] = 1.0  # the last pixel of the media
+    assert (seeded(denoiser, batch).loss != before).tolist() == [False, False, True, False]
+
+
+def test_d_is_the_preconditioned_output_and_zero_in_padding(stage, conditioning) -> None:
+    diffusion = DiffusionConfig(sigma_in=2.0, sigma_data=0.7)
+    denoiser, network = build(stage(diffusion=diffusion))
+    x_sigma, sigma = torch.randn(3, 4, 3, 8, 12), torch.tensor([0.01, 1.0, 60.0])
+    before = torch.randn(3, 8, 24)
+    estimate, latents = denoiser.denoise(x_sigma, sigma, conditioning(3), before)
+    assert not estimate[..., 6:, :].any()
+    s = sigma[:, None, None, None, None].double()
+    call = network.calls[0]
+    torch.testing.assert_close(call["input"].double(), x_sigma.double() / (0.49 / 4 + s**2).sqrt(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(call["latents"], before)
+    assert torch.equal(latents, call["output"].latents)
+    expected = 2 * 0.49 / (2 * s**2 + 0.49) * x_sigma
+    expected = expected - 2 * s * 0.7 * (s**2 + 0.49).sqrt() / (0.49 + 2 * s**2) * call["output"].video
+    torch.testing.assert_close(estimate[..., :6, :].double(), expected[..., :6, :], rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_text_has_no_influence_and_kept_text_has(stage, clips) -> None:
+    batch = clips(4)
+    other = {**batch, "text": torch.randn(4, 5, 6), "text_mask": torch.ones(4, 5, dtype=torch.bool)}
+    dropping, _ = build(stage(text_dropout=1.0))
+    assert torch.equal(seeded(dropping, other).loss, seeded(dropping, batch).loss)
+    keeping, _ = build(stage(text_dropout=0.0))
+    assert (seeded(keeping, other).loss != seeded(keeping, batch).loss).all()
+
+
+def test_text_is_dropped_for_the_configured_share_of_samples(stage, clips) -> None:
+    denoiser, network = build(stage(text_dropout=0.25, self_conditioning=0.0))
+    for seed in range(8):
+        seeded(denoiser, clips(32), seed)
+    dropped = [~call["conditioning"].text_mask.any(1) for call in network.calls]
+    assert float(torch.cat(dropped).float().mean()) == pytest.approx(0.25, abs=0.08)  # 3 sigma of 256 draws
+
+
+def test_self_conditioning_starts_from_the_latents_of_a_first_pass(stage, clips) -> None:
+    denoiser, network = build(stage(self_conditioning=1.0))
+    seeded(denoiser, clips(4)).loss.sum().backward()
+    first, second = network.calls
+    assert (first["latents_only"], first["grad"], first["latents"]) == (True, False, None)
+    assert (second["latents_only"], second["grad"]) == (False, True)
+    assert torch.equal(first["input"], second["input"])
+    assert first["conditioning"] is second["conditioning"]
+    assert torch.equal(second["latents"], first["output"].latents)
+    assert not second["latents"].requires_grad
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_self_conditioning_is_chosen_by_sample(stage, clips, share: float) -> None:
+    denoiser, network = build(stage(self_conditioning=share))
+    for seed in range(8):
+        seeded(denoiser, clips(32), seed)
+    if share == 0:
+        assert [call["latents"] for call in network.calls] == [None] * 8  # and no first pass
+        return
+    chosen = 0
+    for first, second in zip(network.calls[::2], network.calls[1::2], strict=True):
+        for given, found in zip(second["latents"], first["output"].latents, strict=True):
+            assert torch.equal(given, found) or not given.any()
+            chosen += bool(given.any())
+    assert chosen / 256 == pytest.approx(share, abs=0.1)
+
+
+def test_all_weights_are_the_networks(stage) -> None:
+    # What lies directly on the ComposerModel would stay unsharded and unsynchronised under FSDP2.
+    denoiser = Denoiser(stage(), "meta")
+    assert {name.split(".")[0] for name, _ in denoiser.named_parameters()} == {"network"}
+    assert {p.device.type for p in denoiser.parameters()} == {"meta"}
+
+
+UP = UpsamplerConfig(factor=2, max_corruption=0.5)
+
+
+def test_a_constant_video_without_corruption_arrives_as_it_is(stage) -> None:
+    denoiser, _ = build(stage(upsampler=UP))
+    colours = torch.rand(2, 4, 3, 1, 1) * 2 - 1
+    low = colours.expand(2, 4, 3, 3, 6)
+    arrived = denoiser.low_resolution_input(low, torch.zeros(2), torch.randn(2, 4, 3, 3, 6))
+    assert arrived.shape == (2, 4, 3, 8, 12)
+    torch.testing.assert_close(arrived[..., :6, :], colours.expand(2, 4, 3, 6, 12))
+    assert not arrived[..., 6:, :].any()
+
+
+def test_corruption_adds_noise_of_its_level_and_keeps_the_variance(stage) -> None:
+    denoiser, _ = build(stage(upsampler=UP))
+    low, noise = torch.randn(2, 3, 4, 3, 3, 6).double()
+    level = torch.tensor([0.0, 0.3, 2.0]).double()
+    arrived = denoiser.low_resolution_input(low, level, noise)[..., :6, :]
+    plain = denoiser.low_resolution_input(low, torch.zeros(3).double(), noise)[..., :6, :]
+    spread = denoiser.low_resolution_input(noise, torch.zeros(3).double(), noise)[..., :6, :]
+    for row, value in enumerate(level.tolist()):
+        expected = (plain[row] + value * spread[row]) / math.hypot(1, value)
+        torch.testing.assert_close(arrived[row], expected)
+
+
+def test_bringing_to_size_interpolates_between_centres(stage) -> None:
+    denoiser, _ = build(stage(upsampler=UP))
+    ramp = torch.arange(6.0).expand(1, 4, 3, 3, 6)  # centres of the small pixels lie at 0.5, 2.5, ... of the large ones
+    arrived = denoiser.low_resolution_input(ramp, torch.zeros(1), torch.zeros_like(ramp))
+    expected = ((torch.arange(12) + 0.5) / 2 - 0.5).clamp(0, 5)
+    torch.testing.assert_close(arrived[0, 0, 0, 0], expected)
+
+
+def test_an_upsampler_trains_on_its_own_clip_averaged_down_and_corrupted(stage, clips) -> None:
+    batch = clips(32)
+    denoiser, network = build(stage(upsampler=replace(UP, max_corruption=0.0)))
+    seeded(denoiser, batch)
+    told = network.calls[-1]["conditioning"]
+    assert not told.corruption.any()
+    small = batch["video"].unflatten(-1, (6, 2)).unflatten(-3, (3, 2)).mean(dim=(-3, -1))
+    expected = denoiser.low_resolution_input(small, torch.zeros(32), torch.zeros_like(small))
+    torch.testing.assert_close(told.low_resolution, expected)
+
+    denoiser, network = build(stage(upsampler=UP))
+    seeded(denoiser, batch)
+    told = network.calls[-1]["conditioning"]
+    assert 0 <= told.corruption.min() < 0.1
+    assert 0.4 < told.corruption.max() <= 0.5
+    # What was added has the std that the token tells.
+    added = told.low_resolution * (1 + told.corruption**2).sqrt()[:, None, None, None, None] - expected
+    noisiest, calmest = int(told.corruption.argmax()), int(told.corruption.argmin())
+    assert added[noisiest, ..., :6, :].std() > 3 * added[calmest, ..., :6, :].std()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"codec": PixelCodecConfig(height=6, width=12, pad_bottom=1)},
+            "codec: 6x12 padded by 1 and 0 is not the network's size 8x12",
+        ),
+        ({"upsampler": UpsamplerConfig(factor=4)}, "upsampler.factor 4 does not divide the media's 6x12"),
+        ({"upsampler": None}, "network.upsampler must be true exactly where an upsampler is configured"),
+        ({"text_dropout": 1.5}, r"text_dropout must be in \[0, 1\], got 1.5"),
+        ({"self_conditioning": -0.1}, r"self_conditioning must be in \[0, 1\], got -0.1"),
+    ],
+)
+def test_stages_that_do_not_fit_together_are_named(stage, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage(**changes)
+
+
+@pytest.mark.parametrize(("options", "name"), [({"factor": 0}, "factor"), ({"max_corruption": -1.0}, "max_corruption")])
+def test_impossible_upsamplers_are_named(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        UpsamplerConfig(**options)
