@@ -1,25 +1,35 @@
-"""The shape that all commands share: ``COMMAND path.yaml [key=value ...] [--debug] [--help]``."""
+"""The shape that all commands share: ``COMMAND path.yaml [key=value ...] [--FLAG ...] [--debug] [--help]``."""
 
 import argparse
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from model import config
 
 EXIT_BAD_INPUT = 2
 
 
+@dataclass(frozen=True)
+class Flag:
+    """An option of one command that is no part of its yaml: ``--name VALUE``, or ``--name`` alone where the default is False."""
+
+    name: str
+    default: bool | int | float | str
+    help: str
+
+
 def run(
     config_class: type,
-    body: Callable[[Any], None],
+    body: Callable[..., None],
     description: str,
     arguments: Sequence[str] | None = None,
     example: str = "",
+    flags: Sequence[Flag] = (),
 ) -> None:
-    """Read the yaml and the overrides into ``config_class`` and call ``body`` with it.
+    """Read the yaml and the overrides into ``config_class`` and call ``body`` with it, and with the flags as keyword arguments.
 
     A ``UserError`` prints one line and exits with code 2; ``--debug`` shows the stack trace too.
     """
@@ -31,8 +41,15 @@ def run(
     parser.add_argument("yaml", help="the configuration file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the yaml")
     parser.add_argument("--debug", action="store_true", help="show stack traces of errors")
+    for flag in flags:
+        if flag.default is False:
+            parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+        else:
+            shown = f"{flag.help} (default {flag.default})"
+            parser.add_argument(f"--{flag.name}", type=type(flag.default), default=flag.default, help=shown, metavar="VALUE")
     options = parser.parse_intermixed_args(arguments)
-    guard(lambda: body(config.load(config_class, options.yaml, options.overrides)), options.debug)
+    own = {flag.name.replace("-", "_"): getattr(options, flag.name.replace("-", "_")) for flag in flags}
+    guard(lambda: body(config.load(config_class, options.yaml, options.overrides), **own), options.debug)
 
 
 def guard(body: Callable[[], None], debug: bool) -> None:

@@ -1,0 +1,237 @@
+"""A training step on meta tensors, as a GPU would run it: what it computes and what it keeps, counted; nothing is allocated.
+
+The model's own code runs, so a new network needs no formulas here. The meta device alone would differ from a GPU in three ways
+that change sizes, and ``GPUSemantics`` takes them over: autocast, fused attention and fused dropout.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+# CUDA's autocast policy, from ATen/autocast_mode.h: what runs in the lower precision, and what in float32.
+LOWER_PRECISION = {
+    "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "prelu", "addmm",
+    "addmv", "addr", "addbmm", "baddbmm", "bmm", "mm", "mv", "matmul", "__matmul__", "__rmatmul__", "einsum", "vecdot",
+    "linear", "chain_matmul", "multi_dot", "scaled_dot_product_attention",
+}  # fmt: skip
+FLOAT32 = {
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh", "tan",
+    "pow", "__pow__", "__rpow__", "softplus", "layer_norm", "group_norm", "nuclear_norm", "cosine_similarity",
+    "poisson_nll_loss", "cosine_embedding_loss", "nll_loss", "hinge_embedding_loss", "kl_div", "l1_loss", "smooth_l1_loss",
+    "huber_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss", "soft_margin_loss", "triplet_margin_loss",
+    "multi_margin_loss", "binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm", "logsumexp", "interpolate",
+    "prod", "softmax", "log_softmax", "cumprod", "cumsum", "vector_norm", "matrix_norm", "sum", "norm",
+}  # fmt: skip
+
+
+class GPUSemantics(TorchFunctionMode):
+    """Within, operations on meta tensors have the dtypes and the saved tensors of a GPU.
+
+    Args:
+        autocast: the lower precision of CUDA's autocast, or None without autocast.
+    """
+
+    def __init__(self, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.autocast = autocast
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.autocast and name in LOWER_PRECISION:
+            args, kwargs = _cast((args, kwargs), self.autocast)
+        elif self.autocast and name in FLOAT32:
+            args, kwargs = _cast((args, kwargs), torch.float32)
+        if func is functional.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        if func is functional.dropout:
+            return _fused_dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class Meter(TorchDispatchMode):
+    """Counts the floating-point operations and the live bytes of what runs within.
+
+    Bytes are those of tensor storages that were made within and still live; views add nothing. FLOPs are those of matrix
+    products, convolutions and attention, two for a multiplication and addition, as ``torch.utils.flop_counter`` has them.
+
+    Attributes:
+        flops: by (``phase``, whether gradients were enabled).
+        live: bytes now.
+        peak: the most bytes that lived at once.
+        phase: set by the caller.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: defaultdict[tuple[str, bool], int] = defaultdict(int)
+        self.live = self.peak = 0
+        self.phase = ""
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops[self.phase, torch.is_grad_enabled()] += formula(*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, count=True)
+        return result
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """Take the storages of ``tensors``, made outside, for known, so that views of them count nothing."""
+        for tensor in tensors:
+            self._see(tensor, count=False)
+
+    def _see(self, tensor: Tensor, count: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if count else 0
+        self._known[key] = weakref.ref(storage, partial(self._forget, key, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int, reference: Any) -> None:
+        del self._known[key]
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """One forward and backward pass of a microbatch. FLOPs and bytes of the whole microbatch."""
+
+    first_pass: int  # FLOPs without gradients before the training pass: self-conditioning
+    forward: int  # FLOPs
+    backward: int  # FLOPs of the gradients alone
+    recomputation: int  # FLOPs of activation checkpointing
+    kept: int  # bytes alive between forward and backward: inputs and what is saved for the backward pass
+    peak: int  # bytes: the most alive at once, without parameters and their gradients
+
+
+Precision = Literal["fp32", "amp_bf16"]
+
+
+def count_step(
+    model: nn.Module, units: Sequence[nn.Module], inputs: Callable[[], Any], loss: Callable[[Any, Any], Tensor], precision: Precision
+) -> StepCount:
+    """Run ``loss(model(batch), batch)`` and its backward pass, ``batch = inputs()``, on meta tensors.
+
+    Parameters take the dtype that they have while FSDP2 computes with them, and the inputs of each of its units are cast as it
+    does. A parameter's gradient counts as gone as soon as it is complete: then it is reduced into the sharded gradients.
+
+    Args:
+        model: on the meta device; its parameters' dtype changes.
+        units: the modules that FSDP2 wraps, from ``fsdp_units``.
+        inputs: makes the batch of meta tensors, whose bytes count.
+        loss: outputs and batch -> the scalar loss.
+        precision: Composer's.
+    """
+    compute = compute_dtype(precision)
+    model.to(compute)
+    parameters = list(model.parameters())
+    hooks = [unit.register_forward_pre_hook(partial(_cast_inputs, compute), with_kwargs=True) for unit in units]
+    hooks += [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters]
+    meter = Meter()
+    meter.ignore(parameters)
+    try:
+        with meter, GPUSemantics(None if precision == "fp32" else compute):
+            meter.phase = "forward"
+            batch = inputs()
+            objective = loss(model(batch), batch)
+            kept = meter.live
+            meter.phase = "backward"
+            torch.autograd.backward(objective)  # objective.backward() would leave GPUSemantics, which recomputation needs
+    finally:
+        for hook in hooks:
+            hook.remove()
+    flops = meter.flops
+    return StepCount(
+        first_pass=flops["forward", False],
+        forward=flops["forward", True],
+        backward=flops["backward", False],
+        recomputation=flops["backward", True],
+        kept=kept,
+        peak=meter.peak,
+    )
+
+
+def fsdp_units(model: nn.Module) -> list[nn.Module]:
+    """What Composer wraps of a ComposerModel, each to be gathered as one: its children, and in each what its rule names."""
+    units = []
+    for child in model.children():
+        rule = getattr(child, "fsdp_wrap_fn", lambda module: False)
+        units += [child, *(module for module in child.modules() if module is not child and rule(module))]
+    return units
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """What FSDP2 under Composer gathers parameters in and computes with."""
+    return torch.bfloat16 if precision == "amp_bf16" else torch.float32
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors of a tree in ``dtype``."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(cast, tree)
+
+
+def _cast_inputs(
+    dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = _cast((args, kwargs), dtype)
+    return args, kwargs
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention without its matrix of scores, as on a GPU; on the meta device it would fall back to matrix products.
+
+    A mask or float32 excludes flash attention; then it is the memory-efficient kernel, whose mask is a bias.
+    """
+    if attn_mask is None and query.dtype != torch.float32:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    bias = None
+    if attn_mask is not None:
+        length = attn_mask.shape[-1]
+        padded = query.new_zeros(*attn_mask.shape[:-1], -(-length // 8) * 8)  # the kernel wants rows of whole 8s
+        bias = padded[..., :length].expand(*query.shape[:-1], length)
+    keep = torch.is_grad_enabled()
+    return aten._scaled_dot_product_efficient_attention(query, key, value, bias, keep, dropout_p, is_causal, scale=scale)[0]
+
+
+def _fused_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Dropout that saves a mask of one byte per element, as on a GPU."""
+    return torch.native_dropout(x, p, training)[0] if training and 0 < p < 1 else x
