@@ -31,6 +31,8 @@ class LAMBConfig:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.eps <= 0:  # or a weight whose gradients are all zero would become 0 / 0
+            raise ValueError(f"eps must be positive, got {self.eps}")
 
 
 class LAMB(Optimizer):
