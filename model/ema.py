@@ -13,6 +13,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from model.lamb import local_shard
 
@@ -81,6 +82,9 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass that no backward pass follows leaves the outermost weights gathered
         for name, p in model.named_parameters():
             own, average = local_shard(p), local_shard(self.weights[name])
             kept = own.clone()
