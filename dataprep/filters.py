@@ -48,10 +48,10 @@ class FilterConfig:
 
     def check_damage(self, damaged: int, packets: int, read: float, declared: float | None) -> None:
         """Raises Rejected if too many of ``packets`` were damaged, or ``read`` seconds are too few of those ``declared``."""
-        if damaged > self.max_damage * max(packets, 1):
-            raise Rejected("corrupt", f"{damaged} of {packets} packets do not decode")
         if declared is not None and declared - read > max(self.max_damage * declared, 0.1):
             raise Rejected("truncated", f"{read:.2f} of {declared:.2f} s can be read")
+        if damaged > self.max_damage * max(packets, 1):
+            raise Rejected("corrupt", f"{damaged} of {packets} packets do not decode")
 
     def check_frame_rate(self, frame_rate: float) -> None:
         """Raises Rejected on a source with fewer frames per second than asked for."""
