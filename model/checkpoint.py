@@ -11,6 +11,7 @@ Nothing in it needs pickle to be read.
 import json
 import logging
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from model import config as configuration
 from model.config import UserError
-from model.data.schema import Manifest
+from model.data.schema import Manifest, SchemaError
 from model.denoiser import Denoiser, ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -93,33 +94,71 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Published:
     """Rebuild a stage from its artefact.
 
     Raises:
-        UserError: a file is missing or the weights are not those of the config.
+        UserError: a file is missing or broken, or the weights are not those of the config.
     """
     for name in (WEIGHTS, CONFIG, MANIFESTS, ORIGIN):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: not a published model, {name} is missing")
-    tree = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    model_config = configuration.build(ModelConfig, tree["model"], where=str(folder / CONFIG))
+    model_config = configuration.build(ModelConfig, _read_stage(folder / CONFIG), where=str(folder / CONFIG))
     denoiser = Denoiser(model_config, device="meta")
-    try:
-        weights = load_file(folder / WEIGHTS)
-        denoiser.load_state_dict(weights, assign=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: {str(error).splitlines()[0]}") from error
-    manifests = json.loads((folder / MANIFESTS).read_text(encoding="utf-8"))
-    origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    weights = _read_weights(folder / WEIGHTS)
+    if differences := _differences(dict(denoiser.named_parameters()), weights):
+        raise UserError(f"{folder / WEIGHTS}: not the weights of {CONFIG}: {differences}")
+    denoiser.load_state_dict(weights, assign=True)
     return Published(
-        denoiser.to(device).eval().requires_grad_(False),
-        {kind: Manifest.from_tree(manifest, str(folder / MANIFESTS)) for kind, manifest in manifests.items()},
-        Origin(**origin),
+        denoiser.to(device).eval().requires_grad_(False), _read_manifests(folder / MANIFESTS), _read_origin(folder / ORIGIN)
     )
+
+
+def _read_stage(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+        raise UserError(f"{path}: not a training config, model is missing")
+    return tree["model"]
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _read_manifests(path: Path) -> dict[str, Manifest]:
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        return {kind: Manifest.from_tree(manifest, str(path)) for kind, manifest in described.items()}
+    except SchemaError as error:
+        raise UserError(str(error)) from error
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not manifests by kind of data: {error}") from error
+
+
+def _read_origin(path: Path) -> Origin:
+    try:
+        return Origin(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not an origin: {error}") from error
+
+
+def _differences(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """How ``found`` weights differ from a network's ``own``, each kind with one example; empty where they fit."""
+    kinds = {
+        "missing": [name for name in own if name not in found],
+        "unknown": [name for name in found if name not in own],
+        "of another shape": [name for name in own if name in found and own[name].shape != found[name].shape],
+    }
+    return ", ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in kinds.items() if names)
 
 
 def initialise_from(denoiser: nn.Module, folder: Path) -> Transfer:
     """Copy the weights of a published stage wherever name and shape agree; the rest keep their initialisation."""
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: not a published model, {WEIGHTS} is missing")
-    source = load_file(folder / WEIGHTS)
+    source = _read_weights(folder / WEIGHTS)
     own = dict(denoiser.named_parameters())
     copied = [name for name, p in own.items() if name in source and source[name].shape == p.shape]
     with torch.no_grad():

@@ -11,6 +11,7 @@ from pathlib import Path
 from composer.loggers import MLFlowLogger
 from mlflow import MlflowClient, artifacts
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from model.config import UserError
 
@@ -29,7 +30,15 @@ class PublishConfig:
     """How a finished run is registered."""
 
     name: str  # registered model
-    alias: str = "candidate"  # moved to the new version ("latest" and "v1" are MLflow's own)
+    alias: str = "candidate"  # moved to the new version
+
+    def __post_init__(self) -> None:
+        # Said before training: MLflow would refuse it after.
+        if not re.fullmatch(r"[^/:@'\"%]+", self.name):
+            raise ValueError("name must not be empty or contain any of /:@'\"%")
+        reserved = re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE)
+        if reserved or not re.fullmatch(r"[\w-]+", self.alias, re.ASCII):
+            raise ValueError("alias must consist of letters, digits, _ and -, and be neither 'latest' nor like 'v1'")
 
 
 def ensure_experiment(config: TrackingConfig) -> str:
@@ -48,7 +57,7 @@ def ensure_experiment(config: TrackingConfig) -> str:
             return str(experiment.experiment_id)
         root = None if config.artifacts is None else Path(config.artifacts).absolute().as_uri()
         return str(client.create_experiment(config.experiment, artifact_location=root))
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(f"MLflow at {config.uri}: {_first_line(error)}") from error
 
 
@@ -125,7 +134,7 @@ def fetch(uri: str, tracking_uri: str) -> Path:
         # Resolved here: MLflow's own models:/ scheme asks a process-wide registry, not this store.
         source = client.get_model_version_download_uri(name, version)
         return Path(artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking_uri))
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(f"{uri}: {_first_line(error)} (MLflow at {tracking_uri})") from error
 
 
