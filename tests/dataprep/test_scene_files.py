@@ -210,6 +210,13 @@ def test_command(tmp_path: Path) -> None:
     assert "did you mean 'num_videos'?" in wrong.stderr
 
 
+def test_a_scene_that_the_av1_encoder_once_spoilt_decodes() -> None:
+    item = scene_files.plan_items(SceneFilesConfig(output="unused", difficulty="simple"))[95]
+    assert item.encoder == "libsvtav1"
+    with av.open(io.BytesIO(scene_files.encode_video(item))) as container:
+        assert len(list(container.decode(video=0))) == len(item.times)
+
+
 def test_the_av1_encoder_leaves_the_process_at_its_scheduling(config: SceneFilesConfig) -> None:
     item = next(item for item in plan_items(config) if item.encoder == "libsvtav1")
     before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
