@@ -53,14 +53,14 @@ def demo(c: DemoConfig) -> None:
     begin = time.monotonic()
     module = (sys.executable, "-m")
     captions = c.prompts
-    stages = []
-    if c.data is None:
-        stages.append(Stage("make sample media", (*module, "dataprep.scene_files", "yamls/demo/scenes.yaml")))
-    data = c.data or str(folder / "media")
-    encoder = ("dataprep.small_t5", "yamls/demo/small_t5.yaml", f"captions={data}")
-    stages.append(Stage("build a small text encoder", (*module, *encoder)))
-    inputs = f"inputs={json.dumps([data])}"
-    stages.append(Stage("prepare the data with Spark", (*module, "dataprep.run", "yamls/demo/dataprep.yaml", inputs)))
+    media = Stage("make sample media", (*module, "dataprep.scene_files", "yamls/demo/scenes.yaml"))
+    words = () if c.data is None else (f"captions={json.dumps(c.data)}",)
+    inputs = () if c.data is None else (f"inputs={json.dumps([c.data])}",)
+    stages = [
+        *([media] if c.data is None else []),
+        Stage("build a small text encoder", (*module, "dataprep.small_t5", "yamls/demo/small_t5.yaml", *words)),
+        Stage("prepare the data with Spark", (*module, "dataprep.run", "yamls/demo/dataprep.yaml", *inputs)),
+    ]
     total = len(stages) + 3
     for number, stage in enumerate(stages, 1):
         _run(stage, folder, f"{number}/{total}")
