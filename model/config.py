@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
@@ -63,7 +63,11 @@ def build(config_class: type[T], tree: dict[str, Any], where: str) -> T:
     _refuse_unknown_keys(config_class, tree, where, "", known)
     try:
         # Through JSON: strict validation then still turns lists into the tuples that frozen dataclasses hold.
-        return TypeAdapter(config_class).validate_json(json.dumps(tree), strict=True)
+        values = json.dumps(tree)
+    except TypeError as error:  # bytes, which yaml can say
+        raise UserError(f"{where}: {error}") from error
+    try:
+        return TypeAdapter(config_class).validate_json(values, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -117,13 +121,22 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise UserError(f"{path}: not valid yaml: {_first_line(error)}") from error
     if not isinstance(own, DictConfig):
         raise UserError(f"{path}: the top level must be a mapping of keys to values")
-    bases = own.pop(BASE_KEY, [])
-    bases = [bases] if isinstance(bases, str) else list(bases)
-    merged = [_read_with_bases(path.parent / base, (*seen, path.resolve())) for base in bases]
+    merged = [_read_with_bases(path.parent / base, (*seen, path.resolve())) for base in _pop_bases(own, path)]
     try:
         return typing.cast(DictConfig, OmegaConf.merge(*merged, own))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: does not merge with its bases: {_first_line(error)}") from error
+
+
+def _pop_bases(own: DictConfig, path: Path) -> list[str]:
+    try:
+        bases = own.pop(BASE_KEY, [])
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {BASE_KEY}: {_first_line(error)}") from error
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list | ListConfig) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: {BASE_KEY} must be a path or a list of paths, got {bases!r}")
+    return list(bases)
 
 
 def _refuse_unknown_keys(config_class: type, tree: Any, where: str, prefix: str, known: list[str]) -> None:
