@@ -91,8 +91,9 @@ test: lint  ## lint, then the quick tests
 test-all: lint  ## lint, then all tests
 	@$(PYTEST)
 
-# Two workers, each with its own files: fixtures of a file (a Spark session, shards) are built once.
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+# Two workers, each from its own end of the list; one that is done early takes over from the other. Whole files at a time
+# (loadfile) would leave the last long file to one worker.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: setup  ## ruff (lint and format) and mypy
 	@.venv/bin/ruff check --quiet .
