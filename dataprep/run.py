@@ -33,12 +33,16 @@ from dataprep.shards import Account, Outcome, PartSummary
 from model import command, config
 from model.config import UserError
 from model.data.schema import SCHEMA_VERSION, Kind, Manifest, TextManifest
+from model.provenance import git_commit
 
 JAVA_VERSIONS = range(8, 18)  # that Spark 3.5 runs on; 21 breaks Python functions
 POLL_SECONDS = 0.3
 # Errors come back to Python, with the worker's own words; Spark would print each of them with a page of stack.
 QUIET_LOG = """\
 rootLogger.level = off
+rootLogger.appenderRef.stderr.ref = stderr
+appender.stderr.type = Console
+appender.stderr.name = stderr
 logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer
 logger.gateway.level = off
 """
@@ -141,7 +145,7 @@ def _prepare_and_assemble(c: DataprepConfig, job: Job, workspace: Path, output: 
             frame_format=stage.frame_format,
             num_samples=samples,
             text=TextManifest(c.text.path, job.text_revision, text_width, "bfloat16", c.text.max_tokens),
-            commit=_git_commit(),
+            commit=git_commit(),
         )
 
     origin = {"digest": job.digest, "config": config.to_tree(c)}
@@ -262,12 +266,6 @@ def _text_revision(path: str) -> str:
     from model import text  # brings in torch, which only this and the workers need
 
     return text.revision(path)
-
-
-def _git_commit() -> str:
-    from model import checkpoint
-
-    return checkpoint.git_commit()
 
 
 def _taken(output: Path) -> UserError:

@@ -10,7 +10,6 @@ Nothing in it needs pickle to be read.
 
 import json
 import logging
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from model import config as configuration
 from model.config import UserError
 from model.data.schema import Manifest, SchemaError
 from model.denoiser import Denoiser, ModelConfig
+from model.provenance import git_commit as git_commit
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +58,6 @@ class Transfer:
     copied: list[str]
     new: list[str]  # no such weight in the source, or of another shape
     unused: list[str]  # in the source only
-
-
-def git_commit() -> str:
-    """Commit of the running code; "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def gather(weights: dict[str, Tensor]) -> dict[str, Tensor]:
