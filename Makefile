@@ -21,7 +21,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_TOP_PAD_ := 1073741824
 
 # One stamp for each state of the pins and each place of the checkout (the scripts in .venv/bin hold absolute paths).
-STAMP := .venv/.stamp-$(shell (cat requirements.txt pyproject.toml; pwd -P) | sha256sum | cut -c1-16)
+STAMP := .venv/.stamp-$(shell (cat requirements.txt; pwd -P) | sha256sum | cut -c1-16)
 
 .PHONY: help setup test test-all lint format demo requirements clean FORCE
 
