@@ -16,7 +16,6 @@ if __name__ == "__main__":
     cpu_memory.tune()  # may start the process afresh, so before the slow imports
 
 import hashlib  # noqa: E402
-import platform  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
@@ -25,7 +24,7 @@ from composer import Trainer  # noqa: E402
 from composer.algorithms import GradientClipping  # noqa: E402
 from composer.callbacks import LRMonitor, SpeedMonitor  # noqa: E402
 from composer.optim import CosineAnnealingWithWarmupScheduler  # noqa: E402
-from composer.utils import collect_env, dist, get_device, reproducibility  # noqa: E402
+from composer.utils import dist, get_device, reproducibility  # noqa: E402
 
 from model import checkpoint, command, config, registry, sharding  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
@@ -80,9 +79,6 @@ class TrainConfig:
 
 def train(c: TrainConfig) -> None:
     """Build everything, fit, publish."""
-    # For a checkpoint's metadata Composer asks py-cpuinfo for the processor's name: a probe in a child process, which runs machine
-    # code and was seen to spin for ten minutes under both ranks of a virtual machine.
-    collect_env.get_cpu_model = platform.processor  # type: ignore[assignment]
     device = get_device(None)
     dist.initialize_dist(device, timeout=1800.0)
     if device.name == "cpu":
