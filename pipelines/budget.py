@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from model.config import UserError
@@ -172,7 +172,7 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
     )
 
 
-def _parameters(model: nn.Module) -> Parameters:
+def _parameters(model: Denoiser) -> Parameters:
     components: dict[str, int] = {}
     for name, p in model.named_parameters():
         _, top, *below = name.split(".")  # the first is the network itself
@@ -203,7 +203,7 @@ class _OptimizerCount:
     temporaries: float
 
 
-def _count_optimizer(model: nn.Module, config: LAMBConfig) -> _OptimizerCount:
+def _count_optimizer(model: Denoiser, config: LAMBConfig) -> _OptimizerCount:
     """Run LAMB's second step on meta tensors: the first makes its state."""
     optimizer = LAMB(model.parameters(), config)
     for p in model.parameters():
@@ -225,7 +225,7 @@ def _count_step(c: TrainConfig, samples: int, tokens: dict[str, int]) -> StepCou
         if isinstance(module, ConditioningTokens):
             module.register_forward_hook(lambda _module, _inputs, output: tokens.update(conditioning=output[0].shape[1]))
     inputs = partial(_unpacked, c, samples)
-    return count_step(model, fsdp_units(model), inputs, model.loss, c.precision)
+    return count_step(model, inputs, c.precision)
 
 
 def _packed(c: TrainConfig, videos: int, images: int) -> batch.PackedBatch:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -130,25 +131,21 @@ class StepCount:
 Precision = Literal["fp32", "amp_bf16"]
 
 
-def count_step(
-    model: nn.Module, units: Sequence[nn.Module], inputs: Callable[[], Any], loss: Callable[[Any, Any], Tensor], precision: Precision
-) -> StepCount:
-    """Run ``loss(model(batch), batch)`` and its backward pass, ``batch = inputs()``, on meta tensors.
+def count_step(model: ComposerModel, inputs: Callable[[], Any], precision: Precision) -> StepCount:
+    """Run ``model.loss(model(batch), batch)`` with ``batch = inputs()``, and its backward pass, on meta tensors.
 
     Parameters take the dtype that they have while FSDP2 computes with them, and the inputs of each of its units are cast as it
     does. A parameter's gradient counts as gone as soon as it is complete: then it is reduced into the sharded gradients.
 
     Args:
         model: on the meta device; its parameters' dtype changes.
-        units: the modules that FSDP2 wraps, from ``fsdp_units``.
         inputs: makes the batch of meta tensors, whose bytes count.
-        loss: outputs and batch -> the scalar loss.
         precision: Composer's.
     """
     compute = compute_dtype(precision)
     model.to(compute)
     parameters = list(model.parameters())
-    hooks = [unit.register_forward_pre_hook(partial(_cast_inputs, compute), with_kwargs=True) for unit in units]
+    hooks = [unit.register_forward_pre_hook(partial(_cast_inputs, compute), with_kwargs=True) for unit in fsdp_units(model)]
     hooks += [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters]
     meter = Meter()
     meter.ignore(parameters)
@@ -156,7 +153,7 @@ def count_step(
         with meter, GPUSemantics(None if precision == "fp32" else compute):
             meter.phase = "forward"
             batch = inputs()
-            objective = loss(model(batch), batch)
+            objective = model.loss(model(batch), batch)
             kept = meter.live
             meter.phase = "backward"
             torch.autograd.backward(objective)  # objective.backward() would leave GPUSemantics, which recomputation needs
@@ -174,8 +171,8 @@ def count_step(
     )
 
 
-def fsdp_units(model: nn.Module) -> list[nn.Module]:
-    """What Composer wraps of a ComposerModel, each to be gathered as one: its children, and in each what its rule names."""
+def fsdp_units(model: ComposerModel) -> list[nn.Module]:
+    """What Composer wraps of a model, each to be gathered as one: its children, and in each what its rule names."""
     units = []
     for child in model.children():
         rule = getattr(child, "fsdp_wrap_fn", lambda module: False)

@@ -4,11 +4,12 @@ Everything is counted from the model's own training step (docs/plan.md). 1 GiB i
 """
 
 import math
+from collections.abc import Sequence
 from json import dumps
 
 from model import command
 from model.train import TrainConfig
-from pipelines.budget import GIB, Budget, NoiseScale, count
+from pipelines.budget import Budget, Computation, Parameters, count
 
 FLAGS = (
     command.Flag("gpus", 8, "number of GPUs"),
@@ -23,95 +24,90 @@ def show(c: TrainConfig, gpus: int, gpu_memory: float, json: bool) -> None:
     print(dumps(budget.flat(), indent=2) if json else table(budget))
 
 
-def table(p: Budget) -> str:
+Row = tuple[str, str, str]  # what, how much, and a note
+
+
+def table(b: Budget) -> str:
     """For people: sections of aligned lines."""
-    n, m, f, r = p.parameters, p.memory, p.computation, p.run
-    sections: list[tuple[str, list[tuple[str, str, str]]]] = [
-        (
-            "parameters",
-            [
-                *((part, _count(size), f"{size / n.total:.1%}") for part, size in n.components.items()),
-                ("total", _count(n.total), f"{n.total:,}"),
-            ],
-        ),
-        ("tokens", [(name, f"{number:,}", "") for name, number in p.tokens.items()]),
-        (
-            "computation per video",
-            [
-                ("first pass", _tera(f.first_pass), "self-conditioning"),
-                ("forward", _tera(f.forward), ""),
-                ("backward", _tera(f.backward), ""),
-                ("recomputation", _tera(f.recomputation), "activation checkpointing" if f.recomputation else "none"),
-                ("training step", _tera(f.step), "the four"),
-            ],
-        ),
-        (
-            f"memory on each of {p.gpus} GPUs",
-            [
-                ("weights", _gib(m.weights), "float32, sharded"),
-                ("gradients", _gib(m.gradients), "float32, sharded"),
-                ("moments", _gib(m.moments), "LAMB, float32, sharded"),
-                ("average", _gib(m.average), "EMA, float32, sharded"),
-                ("state", _gib(m.state), "the four"),
-                ("gathered", _gib(m.gathered), f"whole weights of the root and two blocks, {p.precision}"),
-                ("reducing", _gib(m.reducing), "whole gradients of the root and a block, and a reduction's buffer"),
-                ("batch", _gib(m.batch), f"{r.gpu_batch:,} samples from the loader"),
-                (
-                    "activations",
-                    _gib(m.activations),
-                    f"microbatch of {r.microbatch}, peak; {_gib(m.activations_kept)} kept to backward",
-                ),
-                ("  of one sample", _gib(m.activations_sample), "peak"),
-                ("peak in training", _gib(m.training), "state, gathered, reducing, batch, activations"),
-                ("peak in update", _gib(m.update), f"state, batch, and the optimiser's {_gib(m.optimizer)}"),
-                (
-                    "total",
-                    _gib(m.total),
-                    f"{'fits' if p.fit.fits else 'DOES NOT FIT'}: {_gib(p.fit.usable)} of {_gib(p.fit.gpu_memory)} are usable",
-                ),
-                ("largest microbatch", f"{p.fit.largest_microbatch:,}", "that fits" if p.fit.largest_microbatch else "none fits"),
-            ],
-        ),
-        (
-            "run",
-            [
-                (
-                    "steps",
-                    f"{r.steps:,}",
-                    f"{r.global_batch:,} samples each: per GPU {r.gpu_batch:,} in {r.microbatches} microbatches",
-                ),
-                ("samples", _count(r.samples), f"{_count(r.videos)} videos, {_count(r.images)} images"),
-                ("computation", f"{r.flops / 1e21:.4g} ZFLOP", "1 ZFLOP = 10^21"),
-                ("sigma_in", f"{p.noise.sigma_in:g}", _verdict(p.noise)),
-            ],
-        ),
-    ]
-    lines = [f"{p.name} on {p.gpus} GPUs"]
-    rows = [row for _, section in sections for row in section]
+    sections = {
+        "parameters": _parameters(b.parameters),
+        "tokens": [(name, f"{number:,}", "") for name, number in b.tokens.items()],
+        "computation per video": _computation(b.computation),
+        f"memory on each of {b.gpus} GPUs": _memory(b),
+        "run": _run(b),
+    }
+    rows = [row for section in sections.values() for row in section]
     left, middle = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
-    for title, section in sections:
+    lines = [f"{b.name} on {b.gpus} GPUs, {b.precision}"]
+    for title, section in sections.items():
         lines += ["", title, *(f"  {name:<{left}}  {value:>{middle}}  {note}".rstrip() for name, value, note in section)]
     return "\n".join(lines)
 
 
-def _verdict(noise: NoiseScale) -> str:
-    followed = math.isclose(noise.sigma_in, noise.rule, rel_tol=0.01)
-    return f"{'as' if followed else 'NOT as'} the rule says: s sqrt(T) = {noise.rule:.4g}"
+def _parameters(p: Parameters) -> list[Row]:
+    parts = [(part, _number(size), f"{size / p.total:.1%}") for part, size in p.components.items()]
+    return [*parts, ("total", _number(p.total), f"{p.total:,}")]
 
 
-def _count(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return str(number)
+def _computation(c: Computation) -> list[Row]:
+    return [
+        ("first pass", _flop(c.first_pass), "self-conditioning, without gradient"),
+        ("forward", _flop(c.forward), ""),
+        ("backward", _flop(c.backward), ""),
+        ("recomputation", _flop(c.recomputation), "activation checkpointing" if c.recomputation else "no checkpointing"),
+        ("training step", _flop(c.step), "the four"),
+    ]
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
+def _memory(b: Budget) -> list[Row]:
+    m, fit = b.memory, b.fit
+    verdict = f"{'fits' if fit.fits else 'DOES NOT FIT'}: {_bytes(fit.usable)} of {_bytes(fit.gpu_memory)} are usable"
+    return [
+        ("weights", _bytes(m.weights), "float32, sharded"),
+        ("gradients", _bytes(m.gradients), "float32, sharded"),
+        ("moments", _bytes(m.moments), "LAMB's two, float32, sharded"),
+        ("average", _bytes(m.average), "EMA, float32, sharded"),
+        ("state", _bytes(m.state), "the four"),
+        ("gathered", _bytes(m.gathered), "whole weights of the root and two blocks"),
+        ("reducing", _bytes(m.reducing), "whole gradients of the root and a block, and a reduction's buffer"),
+        ("batch", _bytes(m.batch), f"{b.run.gpu_batch:,} samples from the loader"),
+        ("activations", _bytes(m.activations), f"peak in a microbatch of {b.run.microbatch}"),
+        ("  kept", _bytes(m.activations_kept), "of these, from forward to backward"),
+        ("  one sample", _bytes(m.activations_sample), "peak in a microbatch of 1"),
+        ("peak in training", _bytes(m.training), "state, gathered, reducing, batch, activations"),
+        ("peak in update", _bytes(m.update), f"state, batch, and {_bytes(m.optimizer)} of the optimiser's temporaries"),
+        ("total", _bytes(m.total), verdict),
+        ("largest microbatch", f"{fit.largest_microbatch:,}", f"that fits, of {b.run.gpu_batch:,}"),
+    ]
 
 
-def _tera(flops: int) -> str:
-    return f"{flops / 1e12:.3f} TFLOP"
+def _run(b: Budget) -> list[Row]:
+    r, followed = b.run, math.isclose(b.noise.sigma_in, b.noise.rule, rel_tol=0.01)
+    return [
+        ("steps", f"{r.steps:,}", f"of {r.global_batch:,} samples"),
+        ("microbatches", f"{r.microbatches:,}", f"a step, for {r.gpu_batch:,} samples per GPU"),
+        ("samples", _number(r.samples), f"{_number(r.videos)} videos, {_number(r.images)} images"),
+        ("computation", _flop(r.flops), "all samples"),
+        ("sigma_in", f"{b.noise.sigma_in:g}", f"{'as' if followed else 'NOT as'} the rule says: s sqrt(T) = {b.noise.rule:.4g}"),
+    ]
+
+
+def _scaled(value: float, units: Sequence[str], step: int) -> str:
+    """The value in the largest unit of which there is at least one."""
+    power = max((i for i in range(len(units)) if value >= step**i), default=0)
+    return f"{value / step**power:.2f} {units[power]}" if power else f"{value:,} {units[0]}".rstrip()
+
+
+def _number(count: int) -> str:
+    return _scaled(count, ("", "k", "M", "B"), 1000)
+
+
+def _bytes(size: int) -> str:
+    return _scaled(size, ("B", "KiB", "MiB", "GiB"), 1024)
+
+
+def _flop(operations: int) -> str:
+    return _scaled(operations, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"), 1000)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""What a yaml asks of its GPUs, against real models, shards and published sizes."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import config
+from model.config import UserError
+from model.denoiser import Denoiser
+from model.train import TrainConfig
+from pipelines import budget
+from pipelines.budget import FLOAT32, GIB, Budget
+
+YAMLS = Path(__file__).resolve().parents[2] / "yamls"
+SHIPPED = sorted(YAMLS.rglob("stage*.yaml"))
+DEMO = YAMLS / "demo/stage1.yaml"
+
+
+@cache
+def count(path: Path, *overrides: str, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
+    return budget.count(config.load(TrainConfig, path, overrides), gpus, gpu_memory)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(YAMLS).as_posix())
+def test_shipped_training_yamls_load_and_are_counted(path: Path) -> None:
+    b = count(path, gpus=2)
+    assert b.parameters.total == sum(b.parameters.components.values())
+    f, m = b.computation, b.memory
+    assert 0 < f.first_pass < f.forward
+    assert f.forward < f.backward < 2.5 * f.forward
+    assert f.step == f.first_pass + f.forward + f.backward + f.recomputation
+    assert m.activations_sample <= m.activations
+    assert m.activations_kept <= m.activations
+    assert m.total == max(m.training, m.update) > m.state > 0
+
+
+@pytest.mark.parametrize(("name", "published"), [("stage1_500m", 0.50e9), ("stage1", 3.92e9), ("stage2", 3.92e9)])
+def test_sizes_are_the_published_ones(name: str, published: float) -> None:
+    assert count(YAMLS / f"{name}.yaml").parameters.total == pytest.approx(published, rel=0.02)  # Table 8
+
+
+@pytest.mark.parametrize(
+    ("name", "patches", "latents"), [("stage1_500m", 2560, 512), ("stage1", 2560, 768), ("stage2", 147_456, 768)]
+)
+def test_tokens_and_noise_scale_are_the_papers(name: str, patches: int, latents: int) -> None:
+    b = count(YAMLS / f"{name}.yaml")
+    assert (b.tokens["patch"], b.tokens["latent"]) == (patches, latents)
+    assert b.tokens["conditioning"] == 128 + 4 + (name == "stage2")  # text, sigma, frame rate, height, width, corruption
+    assert b.noise.rule == b.noise.sigma_in == (32 if name == "stage2" else 4)
+
+
+@pytest.mark.parametrize("name", ["stage1_500m", "stage1", "stage2"])
+def test_the_papers_runs_fit_on_a_node_of_8_gpus_of_80_gb(name: str) -> None:
+    assert count(YAMLS / f"{name}.yaml").fit.fits
+
+
+def test_parameters_are_those_of_a_real_model() -> None:
+    model = Denoiser(config.load(TrainConfig, DEMO).model, "cpu")
+    b = count(DEMO)
+    assert b.parameters.total == sum(p.numel() for p in model.parameters())
+    assert b.parameters.components["blocks.layers"] == sum(
+        p.numel() for block in model.network.blocks for p in block.layers.parameters()
+    )
+    assert b.parameters.largest_unit == sum(p.numel() for p in model.network.blocks[0].parameters())
+    blocks = sum(p.numel() for p in model.network.blocks.parameters())
+    assert b.parameters.root_unit == b.parameters.total - blocks
+
+
+def test_state_is_five_copies_of_the_weights_divided_by_the_gpus() -> None:
+    stage1 = YAMLS / "stage1.yaml"
+    whole = 5 * FLOAT32 * count(stage1).parameters.total  # weights, gradients, two moments, average
+    assert count(stage1, gpus=1).memory.state == whole
+    for gpus in (8, 64):
+        assert count(stage1, gpus=gpus).memory.state == pytest.approx(whole / gpus, rel=0.01)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 7, 64])
+@pytest.mark.parametrize("shape", [(1,), (5, 3), (64, 2), (130, 2, 3)])
+def test_the_first_gpu_holds_the_first_chunk(shape: tuple[int, ...], gpus: int) -> None:
+    tensor = torch.empty(shape)
+    assert budget._largest_shard(tensor, gpus) == torch.chunk(tensor, gpus)[0].numel()
+
+
+def test_an_update_needs_two_more_copies_of_the_weights() -> None:
+    m = count(DEMO, gpus=1).memory
+    assert m.moments == 2 * m.weights
+    assert 2 * m.weights <= m.optimizer < 2.05 * m.weights  # LAMB's denominators and updates live at once
+
+
+def test_gathered_weights_take_the_compute_precision() -> None:
+    full, half = (count(DEMO, f"precision={precision}", gpus=2).memory for precision in ("fp32", "amp_bf16"))
+    assert full.gathered == 2 * half.gathered
+    assert full.state == half.state
+    assert full.activations > 1.2 * half.activations
+
+
+def test_checkpointing_trades_memory_for_computation() -> None:
+    plain, recomputed = (count(DEMO, f"model.network.checkpoint_blocks={value}", gpus=2) for value in ("false", "true"))
+    assert plain.computation.recomputation == 0 < recomputed.computation.recomputation
+    assert recomputed.memory.activations_kept < 0.5 * plain.memory.activations_kept
+    assert recomputed.memory.activations < 0.7 * plain.memory.activations
+
+
+def test_the_largest_microbatch_is_the_last_that_fits() -> None:
+    overrides = ("global_batch=64", "microbatch=8")
+    total = count(DEMO, *overrides, gpus=2).memory.total
+    memory = 1.3 * total / GIB  # room for some more, after the headroom
+    largest = count(DEMO, *overrides, gpus=2, gpu_memory=memory).fit.largest_microbatch
+    assert 8 < largest < 32
+    assert count(DEMO, "global_batch=64", f"microbatch={largest}", gpus=2, gpu_memory=memory).fit.fits
+    assert not count(DEMO, "global_batch=64", f"microbatch={largest + 1}", gpus=2, gpu_memory=memory).fit.fits
+
+
+def test_nothing_fits_where_the_state_does_not() -> None:
+    fit = count(DEMO, gpu_memory=0.01).fit
+    assert (fit.fits, fit.largest_microbatch) == (False, 0)
+
+
+def test_the_run_counts_what_it_sees() -> None:
+    run = count(YAMLS / "stage1.yaml").run
+    assert (run.gpu_batch, run.microbatch, run.microbatches) == (512, 32, 16)
+    assert run.samples == 4096 * 550_000
+    assert run.videos == run.images == run.samples // 2
+    assert run.flops == run.samples * count(YAMLS / "stage1.yaml").computation.step
+
+
+def test_a_microbatch_larger_than_the_batch_is_cut() -> None:
+    run = count(DEMO, "global_batch=16", "microbatch=64", gpus=2).run
+    assert (run.gpu_batch, run.microbatch, run.microbatches) == (8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "message"),
+    [
+        ((), 0, "gpus"),
+        ((), 3, "16 does not split evenly over 3"),
+        (("data.text_width=63",), 2, "text: width is 63"),
+        (("data.frames=4",), 2, "network is built for"),
+        (("data.height=20",), 2, "height and width"),
+    ],
+)
+def test_impossible_runs_are_refused(overrides: tuple[str, ...], gpus: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        count(DEMO, *overrides, gpus=gpus)
+
+
+def test_flat_keys_are_the_fields() -> None:
+    b: Any = count(DEMO)
+    flat = b.flat()
+    assert flat["memory.total"] == b.memory.total
+    assert flat["parameters.components.blocks.read"] == b.parameters.components["blocks.read"]
+    assert all(isinstance(value, str | int | float) for value in flat.values())
+    assert replace(b, name="other").flat()["name"] == "other"
