@@ -67,8 +67,10 @@ $(STAMP): $(if $(wildcard .venv/bin/python),,FORCE)
 	mkdir -p "$$cache"
 	if [ -z "$${UV_LINK_MODE:-}" ] && [ "$$(stat -c %d "$$cache")" != "$$(stat -c %d .)" ]; then export UV_LINK_MODE=copy; fi
 
-	# .incomplete marks an installation that was interrupted: half a package looks installed, so start again from the cache.
-	if [ -e .venv/.incomplete ] || ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null; then
+	# Start again (from uv's cache) after an interruption, when half a package looks installed; when the checkout has moved, because
+	# scripts hold its path; and when the interpreter is another.
+	if [ -e .venv/.incomplete ] || ! grep -qsF "$$(pwd -P)/.venv" .venv/bin/activate \
+			|| ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null; then
 		rm -rf .venv
 		echo "setup: creating .venv with $$python"
 		"$$uv" venv --quiet --python "$$python" .venv
