@@ -123,14 +123,18 @@ def encode_captions(captions: Iterable[str], config: TextConfig) -> dict[str, np
     states: dict[str, np.ndarray] = {}
     for begin in range(0, len(distinct), config.batch_size):
         batch = distinct[begin : begin + config.batch_size]
-        encoded = _encoder(config.path, config.max_tokens).encode(batch)
+        encoded = load_encoder(config.path, config.max_tokens).encode(batch)
         states.update((caption, text.pack(state)) for caption, state in zip(batch, encoded, strict=True))
     return states
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(path: str, max_tokens: int) -> "model.text.TextEncoder":  # type: ignore[name-defined]  # noqa: F821
-    """One encoder per process, on one thread: Spark runs one task per core."""
+def load_encoder(path: str, max_tokens: int) -> "model.text.TextEncoder":  # type: ignore[name-defined]  # noqa: F821
+    """The encoder of this process, on one thread: Spark runs one task per core. Forked processes share its weights.
+
+    Raises:
+        UserError: nothing to load at ``path``.
+    """
     import torch
 
     from model.text import TextEncoder

@@ -26,7 +26,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark import InheritableThread, SparkConf, SparkContext
 from tqdm import tqdm
 
-from dataprep import ingest, partition, shards
+from dataprep import daemon, ingest, partition, shards
 from dataprep.encode import StageConfig
 from dataprep.partition import Recipe
 from dataprep.shards import Account, Outcome, PartSummary
@@ -165,7 +165,8 @@ def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int)
     recipe, folder = c.recipe, str(workspace)
     if Path(recipe.text.path).is_dir():  # workers may run elsewhere than here
         recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, path=str(Path(recipe.text.path).absolute())))
-    with _spark_context(c.spark) as spark:
+    workers = {daemon.TEXT_PATH: recipe.text.path, daemon.MAX_TOKENS: str(recipe.text.max_tokens)}
+    with _spark_context(c.spark, workers) as spark:
         done, kept, clips = spark.accumulator(0), spark.accumulator(0), spark.accumulator(0)
 
         def task(parts: Iterable[int]) -> Iterator[PartSummary]:
@@ -199,14 +200,14 @@ def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int)
                         bar.refresh()  # the clock
             except KeyboardInterrupt:
                 spark.cancelAllJobs()
-                raise
+                raise UserError("interrupted; run again to go on where it was") from None
         if failure:
             raise UserError(f"a partition failed for good: {_reason(failure[0])}; run again to go on") from failure[0]
 
 
 @contextlib.contextmanager
-def _spark_context(options: SparkOptions) -> Iterator[SparkContext]:
-    """A context that keeps to itself: no web page, quiet, scratch files in a folder of its own."""
+def _spark_context(options: SparkOptions, environment: dict[str, str]) -> Iterator[SparkContext]:
+    """A context that keeps to itself: no web page, quiet, scratch files in its own folder; ``environment`` for the workers."""
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit has started Java and says what the master is
     master = SparkConf().get("spark.master") if submitted else options.master
     with tempfile.TemporaryDirectory(prefix="dataprep-spark-") as scratch:
@@ -215,6 +216,7 @@ def _spark_context(options: SparkOptions) -> Iterator[SparkContext]:
             "spark.python.daemon.module": "dataprep.daemon",
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
+            **{f"spark.executorEnv.{name}": value for name, value in environment.items()},
         }
         if not submitted:
             settings["spark.master"] = options.master
@@ -226,8 +228,9 @@ def _spark_context(options: SparkOptions) -> Iterator[SparkContext]:
             settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-            root = str(Path(__file__).absolute().parent.parent)  # so that workers find this package without installation
-            os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+            settings["spark.executorEnv.PYTHONPATH"] = str(
+                Path(__file__).absolute().parent.parent
+            )  # for workers, if not installed
             if not submitted:
                 os.environ["JAVA_HOME"] = _java_home()
         conf = SparkConf().setAll([*settings.items(), *options.conf.items()])

@@ -106,7 +106,8 @@ class PartWriter:
         self._part, self._config = part, config
         self._target = workspace / "parts" / part_name(part)
         self._attempt = workspace / "attempts" / f"{part_name(part)}-{uuid.uuid4().hex}"
-        self._attempt.mkdir(parents=True)
+        self._attempt.parent.mkdir(exist_ok=True)  # not its parents: a job that was swapped in meanwhile stays gone
+        self._attempt.mkdir()
         self._writers: dict[str, Any] = {}
         self._accounts: list[Account] = []
         self._samples: Counter[str] = Counter()

@@ -295,6 +295,18 @@ def test_a_killed_job_goes_on_under_spark_submit_and_ends_like_an_undisturbed_on
         assert not [path for path in tmp_path.iterdir() if path != output and any(path.rglob("part.json"))]
 
 
+def test_shipped_yamls_are_whole() -> None:
+    production = load(job.DataprepConfig, ROOT / "yamls/dataprep.yaml")
+    assert [(stage.height, stage.width, stage.frame_format) for stage in production.stages] == [
+        (36, 64, "raw"),
+        (288, 512, "jpeg"),
+    ]
+    demo = load(job.DataprepConfig, ROOT / "yamls/demo/dataprep.yaml")
+    for frame_rate in (24, 12, 8):  # 8 frames at each of the demo's rates
+        assert demo.clips.frame_rate % frame_rate == 0
+        assert demo.clips.min_frames >= 7 * demo.clips.frame_rate / frame_rate + 1
+
+
 @pytest.mark.slow
 def test_what_is_nobodys_fault_is_told_in_one_line(finished: Finished, tmp_path: Path) -> None:
     """A missing encoder or a full disk rejects no item: the job fails after three tries, and leaves no dataset."""

@@ -63,7 +63,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    return tmp_path / "out.tmp-d"
+    folder = tmp_path / "out.tmp-d"
+    folder.mkdir()
+    return folder
 
 
 def test_parts_become_one_dataset_that_streaming_reads(tmp_path: Path, workspace: Path) -> None:
@@ -158,6 +160,7 @@ def test_an_output_is_replaced_whole(tmp_path: Path, workspace: Path) -> None:
     output = tmp_path / "out"
     assert shards.describe_output(output) is None
     for generation in range(2):
+        workspace.mkdir(exist_ok=True)
         fill(PartWriter(workspace, 0, ShardConfig()), generation).commit()
         outcome = assemble(workspace, 1)
         shards.swap_in(workspace, output)
