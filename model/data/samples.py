@@ -1,5 +1,6 @@
 """Rows of MDS shards -> samples: which frames of a clip are seen at which frame rate, and their decoding."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,24 +98,23 @@ def decode_frames(data: bytes, ends: np.ndarray, indices: Sequence[int], manifes
         ValueError: a frame that is not of the manifest's geometry. It is refused before anything is allocated for it.
         RuntimeError: a damaged JPEG.
     """
-    height, width = manifest.height, manifest.width
+    shape = (manifest.height, manifest.width, CHANNELS)
+    if manifest.frame_format == "raw":
+        return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(-1, *shape)[list(indices)])  # a copy of these frames alone
     starts = [0, *ends[:-1].tolist()]
-    frames = []
-    for index in indices:
-        frame = data[starts[index] : ends[index]]
-        if manifest.frame_format == "raw":
-            frames.append(torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, CHANNELS))
-            continue
-        if jpeg_size(frame) != (height, width):
-            raise ValueError(f"frame {index} is {jpeg_size(frame)}, not {(height, width)}")
-        pixels = decode_jpeg(torch.frombuffer(bytearray(frame), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        frames.append(pixels.permute(1, 2, 0))
-    return torch.stack(frames)
+    frames = torch.empty(len(indices), *shape, dtype=torch.uint8)
+    for frame, index in zip(frames, indices, strict=True):
+        jpeg = data[starts[index] : ends[index]]
+        if jpeg_size(jpeg) != shape[:2]:
+            raise ValueError(f"frame {index} is {jpeg_size(jpeg)}, not {shape[:2]}")
+        pixels = decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        frame.copy_(pixels.permute(1, 2, 0))
+    return frames
 
 
 def derived_seed(*parts: int) -> int:
     """A seed in [0, 2^63) from non-negative numbers: equal for equal ones, unrelated for others."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 def decode_sample(row: dict[str, Any], manifest: Manifest, view: View, seed: int) -> Sample:
