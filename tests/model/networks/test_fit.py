@@ -84,18 +84,21 @@ def test_a_full_table_of_positions_would_exceed_the_published_upsampler() -> Non
     assert sizes == {"full": 147_456 * 1024, "factorised": (16 + 72 * 128) * 1024}
 
 
-def test_patches_are_in_reading_order_and_groups_are_boxes(tiny) -> None:
-    network, clip = build(tiny), video(2, tiny)
-    (frames, rows, columns), (_, high, wide) = tiny.grid, tiny.group
+@pytest.mark.parametrize("long", [4, 2])  # frames per group: all of them, as in the paper, or half
+def test_patches_are_in_reading_order_and_groups_are_boxes(tiny, long: int) -> None:
+    config = replace(tiny, group=(long, 2, 3))
+    network, clip = build(config), video(2, config)
+    (frames, rows, columns), (_, high, wide) = config.grid, config.group
     patches = network._to_patches(clip)
     groups = network._to_groups(patches)
     assert patches.shape == (2, 96, 12)
-    assert groups.shape == (2 * 4, 24, 12)
+    assert groups.shape == (2 * config.groups, 96 // config.groups, 12)
     for t, h, w in itertools.product(range(frames), range(rows), range(columns)):
         pixels = clip[1, t, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
         assert torch.equal(patches[1, (t * rows + h) * columns + w], pixels)
-        group = 4 + (h // high) * 2 + w // wide
-        assert torch.equal(groups[group, (t * high + h % high) * wide + w % wide], pixels)
+        group = config.groups + ((t // long) * (rows // high) + h // high) * (columns // wide) + w // wide
+        assert torch.equal(groups[group, ((t % long) * high + h % high) * wide + w % wide], pixels)
+    assert torch.equal(network._to_video(groups), clip)
 
 
 @pytest.mark.parametrize(
