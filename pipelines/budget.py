@@ -204,18 +204,17 @@ class _OptimizerCount:
 
 
 def _count_optimizer(model: Denoiser, config: LAMBConfig) -> _OptimizerCount:
-    """Run LAMB's second step on meta tensors: the first makes its state."""
+    """Run LAMB's first step on meta tensors, which makes its state before all else."""
     optimizer = LAMB(model.parameters(), config)
-    for p in model.parameters():
-        p.grad = torch.empty_like(p)
-    optimizer.step()
-    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    gradients = [torch.empty_like(p) for p in model.parameters()]
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        p.grad = gradient
     meter = Meter()
-    meter.ignore([*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *state])
+    meter.ignore([*model.parameters(), *gradients])
     with meter:
         optimizer.step()
     weights = sum(p.nbytes for p in model.parameters())
-    return _OptimizerCount(sum(tensor.nbytes for tensor in state) / weights, meter.peak / weights)
+    return _OptimizerCount(meter.live / weights, (meter.peak - meter.live) / weights)
 
 
 def _count_step(c: TrainConfig, samples: int, tokens: dict[str, int]) -> StepCount:
