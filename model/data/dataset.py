@@ -44,7 +44,8 @@ class DataConfig:
     # Per second. Each clip's is drawn uniformly from those for which it is long enough; name one twice to draw it more often.
     frame_rates: tuple[float, ...] = (24.0, 12.0, 8.0)
     local: str | None = None  # folder for local copies of remote datasets
-    local_limit: str | None = None  # of each remote dataset's copies, such as 500gb; the shards used longest ago make room
+    # Of each remote dataset's copies, such as 500gb: the shards used longest ago make room. Shards on their way come on top.
+    local_limit: str | None = None
     verify: bool = True  # hash every local shard before training, about a second per gigabyte; sizes are always compared
     workers: int = 2  # loader processes per training process; 0 loads in the training process itself
     prefetch: int = 2  # batches that each loader process prepares ahead

@@ -208,7 +208,7 @@ def test_a_limit_on_local_copies_holds(bucket, videos, tmp_path, config) -> None
         seen += batch["key"]
         most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.mds*")))
     assert seen == expected
-    assert 30_000 < most <= 60 * 1024 - (videos / "index.json").stat().st_size  # of about 85 kB
+    assert 30_000 < most <= 60 * 1024 + 10_000  # of about 85 kB; a shard that is being downloaded is not counted yet
     with pytest.raises(UserError, match=r"[Cc]ache limit"):
         build_loader(dataclasses.replace(given, local_limit="20kb"), 4)
 
