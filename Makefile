@@ -62,6 +62,9 @@ $(STAMP): $(if $(wildcard .venv/bin/python),,FORCE)
 		fi
 	fi
 
+	# The certificates of the system, where it has any: a company's proxy is in there.
+	if [ -e /etc/ssl/certs/ca-certificates.crt ]; then export UV_SYSTEM_CERTS=1; fi
+
 	# Hard links from uv's cache where it can; a cache on another file system is copied from without a warning.
 	cache=$$("$$uv" cache dir)
 	mkdir -p "$$cache"
