@@ -16,6 +16,7 @@ if __name__ == "__main__":
     cpu_memory.tune()  # may start the process afresh, so before the slow imports
 
 import hashlib  # noqa: E402
+import warnings  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
@@ -25,6 +26,9 @@ from composer.algorithms import GradientClipping  # noqa: E402
 from composer.callbacks import LRMonitor, SpeedMonitor  # noqa: E402
 from composer.optim import CosineAnnealingWithWarmupScheduler  # noqa: E402
 from composer.utils import dist, get_device, reproducibility  # noqa: E402
+
+# torch and Composer warn about their own ways.
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated|FSDP2 Config/APIs are experimental")
 
 from model import checkpoint, command, config, registry, sharding  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
@@ -123,6 +127,10 @@ def train(c: TrainConfig) -> None:
     )
     sharding.average_gradients_on_gloo(trainer.state.model)
     trainer.logger.log_hyperparameters(_flat(config.to_tree(c)))
+    if trainer._rng_state is not None:
+        # Composer restores the random state only where it has to replay batches, which our dataset spares it.
+        reproducibility.load_rng_state(trainer._rng_state)
+        trainer._rng_state = None
     try:
         trainer.fit()
         publish(c, ema, int(trainer.state.timestamp.batch), manifests, mlflow_logger._run_id)
