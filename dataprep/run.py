@@ -209,7 +209,6 @@ def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int)
 def _spark_context(options: SparkOptions, environment: dict[str, str]) -> Iterator[SparkContext]:
     """A context that keeps to itself: no web page, quiet, scratch files in its own folder; ``environment`` for the workers."""
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit has started Java and says what the master is
-    master = SparkConf().get("spark.master") if submitted else options.master
     with tempfile.TemporaryDirectory(prefix="dataprep-spark-") as scratch:
         settings = {
             "spark.app.name": "dataprep",
@@ -219,24 +218,21 @@ def _spark_context(options: SparkOptions, environment: dict[str, str]) -> Iterat
             **{f"spark.executorEnv.{name}": value for name, value in environment.items()},
         }
         if not submitted:
-            settings["spark.master"] = options.master
             log = Path(scratch, "log4j2.properties")
             log.write_text(QUIET_LOG)
+            settings["spark.master"] = options.master
             settings["spark.driver.extraJavaOptions"] = f"{QUICK_JAVA} -Dlog4j2.configurationFile=file:{log}"
-        if master and master.startswith("local"):
-            settings["spark.local.dir"] = scratch
-            settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
-            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-            settings["spark.executorEnv.PYTHONPATH"] = str(
-                Path(__file__).absolute().parent.parent
-            )  # for workers, if not installed
-            if not submitted:
-                os.environ["JAVA_HOME"] = _java_home()
-        conf = SparkConf().setAll([*settings.items(), *options.conf.items()])
-        print(f"dataprep: starting Spark ({master})", flush=True)
-        context = SparkContext(conf=conf)
-        context.setLogLevel("OFF" if not submitted else "ERROR")
+            os.environ["JAVA_HOME"] = _java_home()
+            if options.master.startswith("local"):
+                settings["spark.local.dir"] = scratch
+                settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
+                # So that the workers find this package where it is not installed.
+                settings["spark.executorEnv.PYTHONPATH"] = str(Path(__file__).absolute().parent.parent)
+                os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+                os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        print(f"dataprep: starting Spark ({'as submitted' if submitted else options.master})", flush=True)
+        context = SparkContext(conf=SparkConf().setAll([*settings.items(), *options.conf.items()]))
+        context.setLogLevel("ERROR" if submitted else "OFF")
         try:
             yield context
         finally:

@@ -283,7 +283,8 @@ def test_a_killed_job_goes_on_under_spark_submit_and_ends_like_an_undisturbed_on
     assert not output.exists()
 
     spark_submit = Path(sys.executable).with_name("spark-submit")
-    submit = [str(spark_submit), "--master", "local[2,3]", str(ROOT / "dataprep/run.py"), str(finished.yaml)]
+    submit = [str(spark_submit), "--master", "local[2,3]", "--driver-java-options", job.QUICK_JAVA]
+    submit += [str(ROOT / "dataprep/run.py"), str(finished.yaml)]
     resumed = execute([*submit, f"output={output}"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert f"of {-(-19 // 2)} partitions done before" in resumed.stdout, (committed, resumed.stdout)
