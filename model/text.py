@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from model.config import UserError
@@ -30,12 +31,19 @@ class TextEncoder:
 
         if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
             raise UserError(f"text encoder: no such folder: {path}")
+        source = str(Path(path).expanduser()) if path.startswith("~") else path
         try:
             # The slow class by name: AutoTokenizer picks the fast one, which assigns other ids without a hub's tokenizer.json.
-            self.tokenizer = T5Tokenizer.from_pretrained(path, legacy=False)
-            model = T5EncoderModel.from_pretrained(path, torch_dtype="auto", use_safetensors=True)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"text encoder {path}: {str(error).splitlines()[0]}") from error
+            self.tokenizer = T5Tokenizer.from_pretrained(source, legacy=False)
+            model = T5EncoderModel.from_pretrained(source, torch_dtype="auto", use_safetensors=True)
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            told = " ".join(str(error).split())
+            raise UserError(f"text encoder {path}: {told[:300]}") from error
+        if not isinstance(self.tokenizer, T5Tokenizer):  # transformers returns False for a broken vocabulary
+            raise UserError(f"text encoder {path}: its spiece.model is no sentencepiece model")
+        if len(self.tokenizer) > model.config.vocab_size:
+            found = f"{len(self.tokenizer)} tokens, its embedding {model.config.vocab_size}"
+            raise UserError(f"text encoder {path}: weights and vocabulary do not belong together: the vocabulary has {found}")
         self.model = model.to(device).eval().requires_grad_(False)
         self.path = path
         self.max_tokens = max_tokens
