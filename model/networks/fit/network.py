@@ -202,5 +202,5 @@ class FIT(nn.Module):
             found = tuple(conditioning.low_resolution.shape[1:])
             raise ValueError(f"low_resolution: (T, C, H, W) is {found}, the network is built for {expected}")
         if latents is not None and tuple(latents.shape[1:]) != (c.latent_tokens, c.latent_width):
-            found, expected = tuple(latents.shape[1:]), (c.latent_tokens, c.latent_width)
-            raise ValueError(f"latents: (tokens, width) is {found}, the network is built for {expected}")
+            built = (c.latent_tokens, c.latent_width)
+            raise ValueError(f"latents: (tokens, width) is {tuple(latents.shape[1:])}, the network is built for {built}")
