@@ -26,7 +26,6 @@ from model import config as configuration
 from model.config import UserError
 from model.data.schema import Manifest, SchemaError
 from model.denoiser import Denoiser, ModelConfig
-from model.provenance import git_commit as git_commit
 
 logger = logging.getLogger(__name__)
 

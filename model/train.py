@@ -30,7 +30,7 @@ from composer.utils import dist, get_device, reproducibility  # noqa: E402
 # torch and Composer warn about their own ways.
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated|FSDP2 Config/APIs are experimental")
 
-from model import checkpoint, command, config, registry, sharding  # noqa: E402
+from model import checkpoint, command, config, provenance, registry, sharding  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
 from model.data import dataset  # noqa: E402
 from model.data.dataset import DataConfig  # noqa: E402
@@ -147,7 +147,7 @@ def publish(c: TrainConfig, ema: EMA, step: int, manifests: dict[str, Manifest],
     if dist.get_global_rank() != 0:
         return
     folder = Path(c.folder, c.name, f"model-step-{step:07d}")
-    origin = checkpoint.Origin(c.name, step, checkpoint.git_commit())
+    origin = checkpoint.Origin(c.name, step, provenance.git_commit())
     checkpoint.write(folder, weights, config.to_tree(c), manifests, origin)
     print(f"model of step {step}: {folder}")
     if c.publish and run_id:

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import checkpoint, config
+from model import checkpoint, config, provenance
 from model.checkpoint import Origin
 from model.config import UserError
 from model.data.schema import Manifest, TextManifest
@@ -165,5 +165,5 @@ def test_a_folder_without_weights_is_told(tmp_path: Path, denoiser: Denoiser) ->
 
 
 def test_the_commit_of_the_code_is_named() -> None:
-    commit = checkpoint.git_commit()
+    commit = provenance.git_commit()
     assert commit == "unknown" or (len(commit) == 40 and set(commit) <= set("0123456789abcdef"))
