@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from model import config
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ def guard(body: Callable[[], None], debug: bool) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted; the same command goes on from what is done", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _keys(config_class: type) -> str:

@@ -72,7 +72,7 @@ def demo(c: DemoConfig) -> None:
         overrides += [f"samples.prompts={json.dumps(captions[:2])}"]
     trainer = (str(Path(sys.executable).with_name("composer")), "-n", str(c.processes), "model/train.py")
     for stage_number in (1, 2):
-        own = _fit_to_data(shards / f"stage{stage_number}", 16 if stage_number == 1 else 4, c.processes)
+        own = _fit_to_data(shards / f"stage{stage_number}", 16 if stage_number == 1 else 8, c.processes)
         arguments = (*trainer, f"yamls/demo/stage{stage_number}.yaml", *overrides, *own)
         _run(Stage(f"train stage {stage_number}", arguments), folder, f"{total - 3 + stage_number}/{total}")
     prompts = f"prompts={json.dumps(captions)}"
