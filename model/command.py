@@ -1,8 +1,10 @@
 """The shape that all commands share: ``COMMAND path.yaml [key=value ...] [--FLAG ...] [--debug] [--help]``."""
 
 import argparse
+import os
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from model import config
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
+LAUNCHER_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ def guard(body: Callable[[], None], debug: bool) -> None:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", "0")) > 0:
+            # Composer's launcher ends all ranks when the first one exits. Rank 0, the one whose line is shown and whose code is
+            # the launcher's, goes first; its end ends this wait.
+            time.sleep(LAUNCHER_SECONDS)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         if debug:
