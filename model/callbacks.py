@@ -12,7 +12,6 @@ from composer.core import Callback, State
 from composer.loggers import Logger, MLFlowLogger
 from composer.utils import dist
 from mlflow import MlflowClient
-from torch.nn import functional
 from tqdm import tqdm
 
 from model import media, text
@@ -79,7 +78,9 @@ class SampleVideos(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.config.prompts and not self.states:
             # The encoder is large and needed once: rank 0 loads it, the others receive the states.
-            encoded = [text.TextEncoder(self.encoder, self.max_tokens).encode(list(self.config.prompts))]
+            encoded: list[list[torch.Tensor]] = [[]]
+            if dist.get_global_rank() == 0:
+                encoded = [text.TextEncoder(self.encoder, self.max_tokens).encode(list(self.config.prompts))]
             dist.broadcast_object_list(encoded)
             self.states = encoded[0]
 
@@ -109,19 +110,17 @@ class SampleVideos(Callback):
 
     def _request(self, state: State, denoiser: Denoiser) -> tuple[Request, list[str]]:
         device = state.device._device
-        upsampler = denoiser.config.upsampler
-        if upsampler is not None:
+        if denoiser.config.upsampler is not None:
             packed = batch.split(state.batch, self.config.clips)[0]  # packed again once the step is done
             clips = batch.unpack(state.device.batch_to_device(packed), denoiser.config.network.size[0])
             video = clips["video"]
-            low = functional.avg_pool2d(video.flatten(0, 1), upsampler.factor).unflatten(0, video.shape[:2])
             request = Request(
                 text=clips["text"],
                 text_mask=clips["text_mask"],
                 frame_rate=clips["frame_rate"],
                 resolution=clips["resolution"],
                 generators=self._generators(range(len(video))),
-                low_resolution=low,
+                low_resolution=denoiser.downsample(video),
             )
             return request, clips["caption"]
         world, rank = dist.get_world_size(), dist.get_global_rank()

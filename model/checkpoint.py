@@ -9,7 +9,6 @@ Nothing in it needs pickle to be read.
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from model import config as configuration
 from model.config import UserError
 from model.data.schema import Manifest, SchemaError
 from model.denoiser import Denoiser, ModelConfig
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, MANIFESTS, ORIGIN = "model.safetensors", "config.yaml", "manifests.json", "origin.json"
 

@@ -118,6 +118,11 @@ class Denoiser(ComposerModel):
         estimate = edm.combine(x_sigma, output.float(), sigma, diffusion)
         return estimate * self.codec.mask(estimate.device), latents
 
+    def downsample(self, video: Tensor) -> Tensor:
+        """(B, T, C, H, W) -> (B, T, C, H / factor, W / factor), the low-resolution video that an upsampler trains on."""
+        assert self.config.upsampler is not None
+        return functional.avg_pool2d(video.flatten(0, 1), self.config.upsampler.factor).unflatten(0, video.shape[:2])
+
     def low_resolution_input(self, low: Tensor, corruption: Tensor, noise: Tensor) -> Tensor:
         """Corrupt a low-resolution video and bring it to the network's size.
 
@@ -136,7 +141,7 @@ class Denoiser(ComposerModel):
         low_resolution = corruption = None
         if self.config.upsampler:
             video = batch["video"]
-            low = functional.avg_pool2d(video.flatten(0, 1), self.config.upsampler.factor).unflatten(0, video.shape[:2])
+            low = self.downsample(video)
             corruption = torch.rand(len(video), device=video.device) * self.config.upsampler.max_corruption
             low_resolution = self.low_resolution_input(low, corruption, torch.randn_like(low))
         conditioning = Conditioning(

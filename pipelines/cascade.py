@@ -1,7 +1,7 @@
 """The two-stage cascade, pulled from the registry: prompts -> low-resolution video -> high-resolution video (section 3.4)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -81,15 +81,7 @@ class Cascade:
         low = generate(self.stage1.denoiser, request, c.stage1_sampler, steps)
         if self.stage2 is None:
             return Clips(to_pixels(low).cpu(), to_pixels(low).cpu())
-        upsampling = Request(
-            text=request.text,
-            text_mask=request.text_mask,
-            frame_rate=request.frame_rate,
-            resolution=request.resolution,
-            generators=request.generators,
-            low_resolution=low,
-            corruption=c.corruption,
-        )
+        upsampling = replace(request, low_resolution=low, corruption=c.corruption)
         steps = progress("stage 2", c.stage2_sampler.steps) if progress else None
         high = generate(self.stage2.denoiser, upsampling, c.stage2_sampler, steps)
         return Clips(to_pixels(low).cpu(), to_pixels(high).cpu())

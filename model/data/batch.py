@@ -10,6 +10,8 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
+from model import text
+
 CHANNELS = 3
 
 
@@ -58,15 +60,11 @@ def collate(samples: Sequence[Sample], max_tokens: int) -> PackedBatch:
     nothing = torch.empty(0, 1, *samples[0].frames.shape[1:], dtype=torch.uint8)
     videos = [sample.frames for sample in samples if not sample.is_image]
     images = [sample.frames for sample in samples if sample.is_image]
-    text = torch.zeros(len(samples), max_tokens, samples[0].text.shape[1], dtype=torch.bfloat16)
-    mask = torch.zeros(len(samples), max_tokens, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        text[row, : len(sample.text)] = sample.text
-        mask[row, : len(sample.text)] = True
+    states, mask = text.pad([sample.text for sample in samples], max_tokens)
     return PackedBatch(
         videos=torch.stack(videos) if videos else nothing,
         images=torch.stack(images) if images else nothing,
-        text=text,
+        text=states,
         text_mask=mask,
         frame_rate=torch.tensor([sample.frame_rate for sample in samples], dtype=torch.float32),
         resolution=torch.tensor([sample.resolution for sample in samples], dtype=torch.float32),
