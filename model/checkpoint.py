@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from model import config as configuration
@@ -27,6 +27,7 @@ from model.data.schema import Manifest, SchemaError
 from model.denoiser import Denoiser, ModelConfig
 
 WEIGHTS, CONFIG, MANIFESTS, ORIGIN = "model.safetensors", "config.yaml", "manifests.json", "origin.json"
+PREFIX = "network."  # of a network's weights among its denoiser's
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,14 @@ class Transfer:
     """What ``initialise_from`` did, by parameter name."""
 
     copied: list[str]
+    adapted: list[str]  # of another shape in the source, from which the network knows how to make its own
     new: list[str]  # no such weight in the source, or of another shape
     unused: list[str]  # in the source only
+
+    def __str__(self) -> str:
+        named = {"adapted": self.adapted, "new": self.new, "unused": self.unused}
+        parts = [f"copied {len(self.copied)} weights", *(f"{what} {', '.join(names)}" for what, names in named.items() if names)]
+        return "; ".join(parts)
 
 
 def gather(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,14 +148,33 @@ def _differences(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in kinds.items() if names)
 
 
-def initialise_from(denoiser: nn.Module, folder: Path) -> Transfer:
-    """Copy the weights of a published stage wherever name and shape agree; the rest keep their initialisation."""
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder}: not a published model, {WEIGHTS} is missing")
-    source = _read_weights(folder / WEIGHTS)
+def initialise_from(denoiser: Denoiser, folder: Path) -> Transfer:
+    """Start from the weights of a published stage: copied where name and shape agree, else adapted where the network knows how.
+
+    The rest keep their initialisation.
+
+    Raises:
+        UserError: ``folder`` is no published model, or of another kind of network.
+    """
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: not a published model, {name} is missing")
+    given = _read_weights(folder / WEIGHTS)
+    stage = configuration.build(ModelConfig, _read_stage(folder / CONFIG), where=str(folder / CONFIG))
+    network = denoiser.config.network
+    if type(stage.network) is not type(network):
+        raise UserError(f"{folder}: a {stage.network.kind}, which a {network.kind} cannot start from")
     own = dict(denoiser.named_parameters())
-    copied = [name for name, p in own.items() if name in source and source[name].shape == p.shape]
+    sources = {name: given[name] for name, p in own.items() if name in given and given[name].shape == p.shape}
+    copied = list(sources)
+    adapted = denoiser.network.adapt({name.removeprefix(PREFIX): weight for name, weight in given.items()}, stage.network)
+    sources |= {PREFIX + name: weight for name, weight in adapted.items() if PREFIX + name not in sources}
     with torch.no_grad():
-        for name in copied:
-            own[name].copy_(source[name])
-    return Transfer(copied, [name for name in own if name not in set(copied)], [name for name in source if name not in own])
+        for name, weight in sources.items():
+            own[name].copy_(weight)
+    return Transfer(
+        copied=copied,
+        adapted=[name for name in sources if name not in set(copied)],
+        new=[name for name in own if name not in sources],
+        unused=[name for name in given if name not in own],
+    )

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from model import config
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 LAUNCHER_SECONDS = 30
+PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def run(
 ) -> None:
     """Read the yaml and the overrides into ``config_class`` and call ``body`` with it, and with the flags as keyword arguments.
 
-    A ``UserError`` prints one line and exits with code 2; ``--debug`` shows the stack trace too.
+    Bad input prints one line and exits with code 2; ``--debug`` shows the stack trace too.
     """
     parser = argparse.ArgumentParser(
         description=textwrap.dedent(description).strip(),
@@ -57,18 +59,19 @@ def run(
 
 
 def guard(body: Callable[[], None], debug: bool) -> None:
-    """Call ``body``; turn a ``UserError`` into one line and exit code 2."""
+    """Call ``body``; turn its errors into one line: exit code 2 for bad input and paths, 1 for a ``RunError``."""
     try:
         body()
-    except config.UserError as error:
+    except (config.UserError, config.RunError, *PATHS) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"error: {said}", file=sys.stderr, flush=True)
         if int(os.environ.get("RANK", "0")) > 0:
             # Composer's launcher ends all ranks when the first one exits. Rank 0, the one whose line is shown and whose code is
             # the launcher's, goes first; its end ends this wait.
             time.sleep(LAUNCHER_SECONDS)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(EXIT_FAILED if isinstance(error, config.RunError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()

@@ -4,6 +4,7 @@ A yaml names only what differs from its base::
 
     base: base/train.yaml        # one path, or a list merged in order; relative to this file
     network: {latent_tokens: 512}
+    optimizer: {kind: adam}      # another kind than the base's: nothing of the base's optimizer remains
 
 ``load`` merges the bases, the file and ``key=value`` overrides, then builds a tree of dataclasses. Each component owns its
 dataclass, next to the code that reads it. A key that no dataclass declares, or a value of another type, is an error of one line.
@@ -11,6 +12,7 @@ dataclass, next to the code that reads it. A key that no dataclass declares, or 
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
@@ -32,6 +34,10 @@ class UserError(Exception):
     """Bad input, told in one line: what is wrong, and where. Commands print it and exit with code 2."""
 
 
+class RunError(Exception):
+    """Work that cannot go on though its input was good, told in one line. Commands print it and exit with code 1."""
+
+
 def load(config_class: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read ``path`` with its bases, apply ``overrides`` (``a.b=value``, values in yaml syntax), and build ``config_class``.
 
@@ -43,7 +49,7 @@ def load(config_class: type[T], path: str | Path, overrides: Sequence[str] = ())
         if "=" not in override or override.startswith("="):
             raise UserError(f"override {override!r} is not of the form key=value")
         try:
-            merged = typing.cast(DictConfig, OmegaConf.merge(merged, OmegaConf.from_dotlist([override])))
+            merged = _merge(merged, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
             raise UserError(f"override {override!r}: {_first_line(error)}") from error
     try:
@@ -71,8 +77,9 @@ def build(config_class: type[T], tree: dict[str, Any], where: str) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
+        told = first["type"] in ("missing", "value_error")  # our own checks name what they got
+        got = "" if told else f", got {first['input']!r}"
         raise UserError(f"{where}: {key or 'top level'}: {message}{got if len(got) < 100 else ''}") from error
 
 
@@ -123,9 +130,24 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise UserError(f"{path}: the top level must be a mapping of keys to values")
     merged = [_read_with_bases(path.parent / base, (*seen, path.resolve())) for base in _pop_bases(own, path)]
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(*merged, own))
+        return functools.reduce(_merge, [*merged, own])
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: does not merge with its bases: {_first_line(error)}") from error
+
+
+def _merge(earlier: DictConfig, later: DictConfig) -> DictConfig:
+    """Key by key, the later one wins."""
+    plain, over = (OmegaConf.to_container(tree, resolve=False) for tree in (earlier, later))
+    return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.create(_of_same_kinds(plain, over)), later))
+
+
+def _of_same_kinds(earlier: Any, later: Any) -> Any:
+    """``earlier`` without the contents of mappings to which ``later`` gives another ``kind``: they are another class's keys."""
+    if not isinstance(earlier, dict) or not isinstance(later, dict):
+        return earlier
+    if "kind" in earlier and later.get("kind", earlier["kind"]) != earlier["kind"]:
+        return {}
+    return {key: _of_same_kinds(value, later.get(key)) for key, value in earlier.items()}
 
 
 def _pop_bases(own: DictConfig, path: Path) -> list[str]:
@@ -150,8 +172,10 @@ def _refuse_unknown_keys(config_class: type, tree: Any, where: str, prefix: str,
         options = _dataclasses_in(hints[key])
         if options and isinstance(value, dict):
             chosen = _option_of_kind(options, value)
-            if chosen is not None:
-                _refuse_unknown_keys(chosen, value, where, f"{prefix}{key}.", known)
+            if chosen is None:
+                got = f"got {value['kind']!r}" if "kind" in value else "it is missing"
+                raise UserError(f"{where}: {prefix}{key}.kind must be one of {', '.join(_kinds(options))}; {got}")
+            _refuse_unknown_keys(chosen, value, where, f"{prefix}{key}.", known)
         elements = _element_dataclasses_in(hints[key])
         if elements and isinstance(value, list):
             for index, element in enumerate(value):
@@ -174,11 +198,11 @@ def _option_of_kind(options: list[type], value: dict[str, Any]) -> type | None:
     """Of the dataclasses of a union, the one whose ``kind`` default matches; of one, that one."""
     if len(options) == 1:
         return options[0]
-    for option in options:
-        kinds = typing.get_args(typing.get_type_hints(option).get("kind"))
-        if value.get("kind") in kinds:
-            return option
-    return None
+    return next((option for option in options if value.get("kind") in _kinds([option])), None)
+
+
+def _kinds(options: list[type]) -> list[str]:
+    return [kind for option in options for kind in typing.get_args(typing.get_type_hints(option).get("kind"))]
 
 
 def _dataclasses_in(hint: Any) -> list[type]:

@@ -1,5 +1,6 @@
 """The model that Composer trains: codec + network + loss, and the denoiser D that samplers call."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from model.codec import PixelCodec, PixelCodecConfig
 from model.diffusion import edm
+from model.draws import Draws
 from model.networks import catalogue
 from model.networks.conditioning import Conditioning
 from model.networks.fit.config import FITConfig
@@ -49,6 +51,8 @@ class ModelConfig:
         for name in ("self_conditioning", "text_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.self_conditioning and not self.network.carries_latents:
+            raise ValueError(f"self_conditioning must be 0 for a {self.network.kind}, which has no latents to carry")
         c, size = self.codec, self.network.size
         if (c.height + c.pad_bottom, c.width + c.pad_right) != size[1:]:
             padded = f"{c.height}x{c.width} padded by {c.pad_bottom} and {c.pad_right}"
@@ -77,6 +81,8 @@ class Denoiser(ComposerModel):
         device: where the network is built; "meta" allocates nothing.
     """
 
+    flops_per_batch: Callable[[Any], int]  # Composer's SpeedMonitor asks for it; set where a run is to log it
+
     def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
         super().__init__()
         self.config = config
@@ -84,21 +90,47 @@ class Denoiser(ComposerModel):
         self.network = catalogue.build(config.network, device)
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
-        """The training objective on a batch: equation 3 of the paper, in the F form, which is stable at all sigma."""
+        """The training objective on a batch: equation 3 of the paper, in the F form, which is stable at all sigma.
+
+        Noise and all else that is drawn comes from each sample's own ``seed``; dropout in the network does not.
+
+        Raises:
+            ValueError: media or text of another shape than configured, or (on the CPU) with values that are not finite.
+        """
+        draws = Draws(batch["seed"], batch["video"].device)
+        sigma = edm.training_sigma(draws.normal(), self.config.diffusion)
+        return self._objective(batch, sigma, draws, self.config.text_dropout, self.config.self_conditioning)
+
+    def loss_at(self, batch: dict[str, Any], sigma: Tensor) -> Tensor:
+        """(B,) the objective at the noise levels ``sigma`` (B,), with the network used as samplers use it.
+
+        Every sample keeps its text, and where the network carries latents they come from a first pass. Noise comes from each
+        sample's ``seed``.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        draws = Draws(batch["seed"], batch["video"].device)
+        first_pass = float(self.config.self_conditioning > 0)
+        return self._objective(batch, sigma, draws, text_dropout=0.0, self_conditioning=first_pass).loss
+
+    def _objective(
+        self, batch: dict[str, Any], sigma: Tensor, draws: Draws, text_dropout: float, self_conditioning: float
+    ) -> LossTerms:
         diffusion = self.config.diffusion
+        edm.check_finite("video", batch["video"])
+        edm.check_finite("text", batch["text"])
         x = self.codec.encode(batch["video"])
-        sigma = edm.draw_sigma(len(x), diffusion, x.device)
-        eps = torch.randn_like(x)
-        x_sigma = edm.add_noise(x, eps, sigma, diffusion)
-        conditioning = self._training_conditioning(batch, sigma)
-        network_input = edm.scale_input(x_sigma, sigma, diffusion)
-        latents = self._self_conditioning(network_input, conditioning)
+        conditioning = self._training_conditioning(batch, sigma, draws, text_dropout)
+        process = edm.process(diffusion, conditioning.is_image)
+        eps = edm.share_noise(draws.normal(*x.shape[1:]), conditioning.is_image, diffusion)
+        network_input = process.scale_input(process.add_noise(x, eps, sigma), sigma)
+        latents = self._self_conditioning(network_input, conditioning, draws, self_conditioning)
         output = self.network(network_input, conditioning, latents).video
-        error = (output.float() - edm.network_target(x, eps, sigma, diffusion)) ** 2
+        error = (output.float() - process.network_target(x, eps, sigma)) ** 2
         mask = self.codec.mask(x.device)
         mean = (error * mask).mean(dim=(1, 2, 3, 4)) / mask.mean()
-        weight = edm.effective_weight(sigma, diffusion.sigma_data, diffusion.sigma_in)
-        return LossTerms(weight * mean, sigma)
+        return LossTerms(process.effective_weight(sigma) * mean, sigma)
 
     def loss(self, outputs: LossTerms, batch: dict[str, Any]) -> Tensor:
         return outputs.loss.mean()
@@ -108,19 +140,20 @@ class Denoiser(ComposerModel):
 
     def denoise(
         self, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, latents: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """D(x_sigma; sigma), the estimate of the data in model space, and the latents to carry to the next evaluation.
+    ) -> tuple[Tensor, Tensor | None]:
+        """D(x_sigma; sigma), the estimate of the data in model space, and what the network carries to the next evaluation.
 
         Padding is known to be zero, so D says zero there rather than what the untrained output says.
         """
-        diffusion = self.config.diffusion
-        output, latents = self.network(edm.scale_input(x_sigma, sigma, diffusion), conditioning, latents)
-        estimate = edm.combine(x_sigma, output.float(), sigma, diffusion)
+        process = edm.process(self.config.diffusion, conditioning.is_image)
+        output, latents = self.network(process.scale_input(x_sigma, sigma), conditioning, latents)
+        estimate = process.combine(x_sigma, output.float(), sigma)
         return estimate * self.codec.mask(estimate.device), latents
 
     def downsample(self, video: Tensor) -> Tensor:
         """(B, T, C, H, W) -> (B, T, C, H / factor, W / factor), the low-resolution video that an upsampler trains on."""
-        assert self.config.upsampler is not None
+        if self.config.upsampler is None:
+            raise ValueError("upsampler: this stage has none, so its media have no low-resolution version")
         return functional.avg_pool2d(video.flatten(0, 1), self.config.upsampler.factor).unflatten(0, video.shape[:2])
 
     def low_resolution_input(self, low: Tensor, corruption: Tensor, noise: Tensor) -> Tensor:
@@ -137,13 +170,13 @@ class Denoiser(ComposerModel):
         flat = functional.interpolate(corrupted.flatten(0, 1), (height, width), mode="bilinear", align_corners=False)
         return self.codec.encode(flat.unflatten(0, low.shape[:2]))
 
-    def _training_conditioning(self, batch: dict[str, Any], sigma: Tensor) -> Conditioning:
+    def _training_conditioning(self, batch: dict[str, Any], sigma: Tensor, draws: Draws, text_dropout: float) -> Conditioning:
         low_resolution = corruption = None
         if self.config.upsampler:
             video = batch["video"]
             low = self.downsample(video)
-            corruption = torch.rand(len(video), device=video.device) * self.config.upsampler.max_corruption
-            low_resolution = self.low_resolution_input(low, corruption, torch.randn_like(low))
+            corruption = draws.uniform() * self.config.upsampler.max_corruption
+            low_resolution = self.low_resolution_input(low, corruption, draws.normal(*low.shape[1:]))
         conditioning = Conditioning(
             c_noise=edm.c_noise(sigma),
             text=batch["text"],
@@ -153,17 +186,19 @@ class Denoiser(ComposerModel):
             low_resolution=low_resolution,
             corruption=corruption,
         )
-        return conditioning.without_text(torch.rand(len(sigma), device=sigma.device) < self.config.text_dropout)
+        return conditioning.without_text(draws.uniform() < text_dropout)
 
-    def _self_conditioning(self, network_input: Tensor, conditioning: Conditioning) -> Tensor | None:
+    def _self_conditioning(
+        self, network_input: Tensor, conditioning: Conditioning, draws: Draws, probability: float
+    ) -> Tensor | None:
         """Latents of a first pass without gradient; zeros for the samples that do without.
 
         The choice is made by sample and the pass is always run: a choice by batch would let ranks disagree on the number of
         collectives under FSDP.
         """
-        if self.config.self_conditioning == 0:
+        if probability == 0:
             return None
         with torch.no_grad():
             latents = self.network(network_input, conditioning, latents_only=True).latents
-        chosen = torch.rand(len(latents), device=latents.device) < self.config.self_conditioning
+        chosen = draws.uniform() < probability
         return latents * edm.expand(chosen, latents)

@@ -22,27 +22,33 @@ from model.lamb import local_shard
 class EMAConfig:
     """Table 9: half-life of 6k steps."""
 
-    half_life: float = 6000.0  # steps
+    half_life: float = 6000.0  # steps; of the average that is sampled from, evaluated and published
+    others: tuple[float, ...] = ()  # half-lives of averages beside it, which are evaluated too and lie in the checkpoints
     ramp: float = 0.05  # the half-life is at most this share of the steps so far (EDM's ramp-up), or the start would linger
 
     def __post_init__(self) -> None:
         if self.half_life <= 0 or self.ramp <= 0:
             raise ValueError(f"half_life and ramp must be positive, got {self.half_life} and {self.ramp}")
+        if min(self.others, default=1.0) <= 0 or len({self.half_life, *self.others}) <= len(self.others):
+            raise ValueError(f"others must be positive and differ, from half_life too, got {list(self.others)}")
 
-    def decay(self, step: int) -> float:
+    def decay(self, step: int, half_life: float | None = None) -> float:
         """Weight of the old average at optimiser step ``step`` (1 is the first): half remains after ``half_life`` steps."""
-        return 0.5 ** (1 / min(self.half_life, max(self.ramp * step, 1e-8)))
+        return 0.5 ** (1 / min(half_life or self.half_life, max(self.ramp * step, 1e-8)))
 
 
 class EMA(Callback):
     """Averages the model's parameters after each optimiser step.
 
-    ``weights`` maps parameter names to averages, of the parameters' own kind (DTensor under FSDP2).
+    ``weights`` maps parameter names to averages, of the parameters' own kind (DTensor under FSDP2); ``others`` has more such maps
+    by half-life. Who keeps a step from the weights sets ``rest``, and the averages stay as they are once.
     """
 
     def __init__(self, config: EMAConfig) -> None:
         self.config = config
         self.weights: dict[str, Tensor] = {}
+        self.others: dict[float, dict[str, Tensor]] = {}
+        self.rest = False
 
     def before_load(self, state: State, logger: Logger) -> None:
         # Here the model is sharded already, and a checkpoint about to be loaded finds tensors to fill.
@@ -54,39 +60,49 @@ class EMA(Callback):
 
     @torch.no_grad()
     def batch_end(self, state: State, logger: Logger) -> None:
-        decay = self.config.decay(int(state.timestamp.batch))  # batch_end comes after the count is raised
+        if self.rest:
+            self.rest = False
+            return
         current = dict(state.model.named_parameters())
-        average = [local_shard(self.weights[name]) for name in current]
-        torch._foreach_lerp_(average, [local_shard(p) for p in current.values()], 1 - decay)
+        shards = [local_shard(p) for p in current.values()]
+        for half_life, weights in {self.config.half_life: self.weights, **self.others}.items():
+            decay = self.config.decay(int(state.timestamp.batch), half_life)  # batch_end comes after the count is raised
+            torch._foreach_lerp_([local_shard(weights[name]) for name in current], shards, 1 - decay)
 
     @contextmanager
-    def swapped(self, model: nn.Module) -> Iterator[None]:
-        """Within, ``model`` holds the averages; afterwards its own weights again, to the bit."""
-        self._exchange(model)
+    def swapped(self, model: nn.Module, half_life: float | None = None) -> Iterator[None]:
+        """Within, ``model`` holds averages, by default ``weights``; afterwards its own weights again, to the bit."""
+        weights = self.weights if half_life is None else self.others[half_life]
+        self._exchange(model, weights)
         try:
             yield
         finally:
-            self._exchange(model)
+            self._exchange(model, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights}
+        others = {f"weights_{half_life:.10g}": weights for half_life, weights in self.others.items()}
+        return {"weights": self.weights, **others}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
-            for name, saved in state["weights"].items():
-                if saved is not self.weights[name]:
-                    self.weights[name].copy_(saved)
+            for kind, weights in self.state_dict().items():
+                for name, saved in state[kind].items():
+                    if saved is not weights[name]:
+                        weights[name].copy_(saved)
 
     def _start(self, model: nn.Module) -> None:
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        def copy() -> dict[str, Tensor]:
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        self.weights, self.others = copy(), {half_life: copy() for half_life in self.config.others}
 
     @torch.no_grad()
-    def _exchange(self, model: nn.Module) -> None:
+    def _exchange(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass that no backward pass follows leaves the outermost weights gathered
         for name, p in model.named_parameters():
-            own, average = local_shard(p), local_shard(self.weights[name])
+            own, average = local_shard(p), local_shard(weights[name])
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)

@@ -39,7 +39,9 @@ class GuidedDenoiser:
     def __init__(self, denoiser: Denoiser, conditioning: Conditioning, config: SamplerConfig) -> None:
         self.denoiser = denoiser
         self.config = config
-        self.guided = config.guidance != 1
+        self.guided = config.guidance != 1 or config.oscillation is not None
+        self.levels = sampler.noise_levels(config)
+        self.weights = sampler.guidance_weights(config)
         self.conditioning = _doubled(conditioning) if self.guided else conditioning
         self.latents: Tensor | None = None
 
@@ -50,10 +52,15 @@ class GuidedDenoiser:
         estimate, self.latents = self.denoiser.denoise(x, sigma, conditioning, self.latents)
         if self.guided:
             conditional, unconditional = estimate.chunk(2)
-            estimate = sampler.guide(conditional, unconditional, self.config.guidance)
+            estimate = sampler.guide(conditional, unconditional, self._weight(sigma))
         if self.config.threshold_quantile:
             estimate = sampler.dynamic_threshold(estimate, self.config.threshold_quantile)
         return estimate
+
+    def _weight(self, sigma: Tensor) -> float:
+        if self.config.oscillation is None:
+            return self.config.guidance
+        return float(self.weights[sampler.level_of(float(sigma[0]), self.levels)])
 
 
 @torch.no_grad()
@@ -64,6 +71,7 @@ def generate(denoiser: Denoiser, request: Request, config: SamplerConfig, progre
         (B, T, C, H, W) video in [-1, 1], at the codec's size.
     """
     device = request.text.device
+    edm.check_finite("text", request.text)
     frames, height, width = denoiser.config.network.size
     low_resolution = corruption = None
     if request.low_resolution is not None:
@@ -80,13 +88,22 @@ def generate(denoiser: Denoiser, request: Request, config: SamplerConfig, progre
         low_resolution=low_resolution,
         corruption=corruption,
     )
-    noise = draw(request.generators, (frames, denoiser.config.network.channels, height, width), device)
+    diffusion = denoiser.config.diffusion
+
+    def fresh_noise() -> Tensor:
+        drawn = draw(request.generators, (frames, denoiser.config.network.channels, height, width), device)
+        return edm.share_noise(drawn, conditioning.is_image, diffusion)
+
+    noise = fresh_noise()
+    sigma_in = edm.process(diffusion, conditioning.is_image).sigma_in
+    if isinstance(sigma_in, Tensor):
+        sigma_in = edm.expand(sigma_in, noise)
     denoise = GuidedDenoiser(denoiser, conditioning, config)
     levels = sampler.noise_levels(config)
     was_training = denoiser.training
     denoiser.eval()
     try:
-        sample = sampler.heun(denoise, noise, levels, denoiser.config.diffusion.sigma_in, progress)
+        sample = sampler.heun(denoise, noise, levels, sigma_in, progress, config.churn, fresh_noise)
     finally:
         denoiser.train(was_training)
     return denoiser.codec.decode(sample)

@@ -4,10 +4,11 @@ The trust ratio is per whole parameter. On shards, the norm of a DTensor is only
 shards of all parameters at once, and one all-reduce per step makes them whole.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed
@@ -15,11 +16,24 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 from torch.optim import Optimizer
 
+CHUNK = 2**24  # numbers
+
+
+def check_rates(lr: float, betas: tuple[float, float], eps: float) -> None:
+    """Refuse, by a ValueError that names it, what no adaptive optimiser can step with."""
+    if lr <= 0:
+        raise ValueError(f"lr must be positive, got {lr}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1), got {betas}")
+    if eps <= 0:  # or a weight whose gradients are all zero would become 0 / 0
+        raise ValueError(f"eps must be positive, got {eps}")
+
 
 @dataclass(frozen=True)
 class LAMBConfig:
     """Table 9; what the paper leaves open follows the first author's later FIT code."""
 
+    kind: Literal["lamb"] = "lamb"
     lr: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -27,16 +41,18 @@ class LAMBConfig:
     max_weight_norm: float = 10.0  # trust ratio = min(|weight|, this) / |update|; 1 where either norm is 0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
-        if self.eps <= 0:  # or a weight whose gradients are all zero would become 0 / 0
-            raise ValueError(f"eps must be positive, got {self.eps}")
+        check_rates(self.lr, self.betas, self.eps)
 
 
 class LAMB(Optimizer):
-    """Layer-wise adaptive moments without bias correction, for plain tensors and DTensors alike."""
+    """Layer-wise adaptive moments without bias correction, for plain tensors and DTensors alike.
+
+    Moments and arithmetic are float32 where parameters are of lower precision.
+
+    Attributes:
+        trust_ratios: (parameters with a gradient,) of the last step; empty before the first.
+        update_norm: () of the last step's change to all weights together.
+    """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], config: LAMBConfig) -> None:
         defaults = {
@@ -47,6 +63,7 @@ class LAMB(Optimizer):
             "max_weight_norm": config.max_weight_norm,
         }
         super().__init__(params, defaults)
+        self.trust_ratios, self.update_norm = torch.empty(0), torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -55,22 +72,52 @@ class LAMB(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        steps = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._step_group(params, group)
+                steps.append(self._step_group(params, group))
+        if steps:
+            ratios, moved = (torch.cat(parts) for parts in zip(*steps, strict=True))
+            self.trust_ratios, self.update_norm = ratios, moved.norm()
         return loss
 
-    def _step_group(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which casts moments to their parameter's type; here they keep their own."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            for name, saved in state_dict["state"].get(number, {}).items():
+                if self.state[p][name].dtype != saved.dtype:
+                    self.state[p][name] = saved.to(p.device, copy=True)
+
+    def _step_group(self, params: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Step; return the trust ratios (len(params),) and the norms of what was subtracted."""
         for p in params:
             if not self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self.state[p][name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         weights = [local_shard(p) for p in params]
-        gradients = [local_shard(p.grad) for p in params if p.grad is not None]
+        chunks = _chunks(weights)
+        updates = [update for chunk in chunks for update in self._updates(params[chunk], weights[chunk], group)]
+        weight_norms, update_norms = whole_norms(params, weights, updates)
+        ratios = weight_norms.clamp(max=group["max_weight_norm"]) / update_norms
+        ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
+        torch._foreach_mul_(updates, list(ratios.unbind()))
+        for chunk in chunks:
+            raised = _raised(weights[chunk])
+            torch._foreach_add_(raised, updates[chunk], alpha=-float(group["lr"]))
+            if any(new is not weight for new, weight in zip(raised, weights[chunk], strict=True)):
+                torch._foreach_copy_(weights[chunk], raised)
+        return ratios, float(group["lr"]) * ratios * update_norms
+
+    def _updates(self, params: list[Tensor], weights: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Advance the moments of some parameters; return their updates before the trust ratio."""
+        gradients = _raised([local_shard(p.grad) for p in params if p.grad is not None])
         first = [local_shard(self.state[p]["exp_avg"]) for p in params]
         second = [local_shard(self.state[p]["exp_avg_sq"]) for p in params]
-
         beta1, beta2 = group["betas"]
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
@@ -79,13 +126,24 @@ class LAMB(Optimizer):
         torch._foreach_add_(denominators, group["eps"])
         updates = torch._foreach_div(first, denominators)
         if group["weight_decay"]:
-            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+            torch._foreach_add_(updates, _raised(weights), alpha=group["weight_decay"])
+        return updates
 
-        weight_norms, update_norms = _whole_norms(params, weights, updates)
-        ratios = weight_norms.clamp(max=group["max_weight_norm"]) / update_norms
-        ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
-        torch._foreach_mul_(updates, list(ratios.unbind()))
-        torch._foreach_add_(weights, updates, alpha=-float(group["lr"]))
+
+def _chunks(weights: list[Tensor]) -> list[slice]:
+    """Consecutive tensors of about ``CHUNK`` numbers in all: what is needed only in between is held for one chunk at a time."""
+    chunks, start, held = [], 0, 0
+    for i, weight in enumerate(weights):
+        held += weight.numel()
+        if held >= CHUNK or i + 1 == len(weights):
+            chunks.append(slice(start, i + 1))
+            start, held = i + 1, 0
+    return chunks
+
+
+def _raised(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors in float32 at least; the same ones where they are already."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -93,9 +151,13 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole_norms(params: list[Tensor], *lists: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def whole_norms(params: Sequence[Tensor], *lists: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Norms (len(params),) of the whole parameters behind each list of local shards; one all-reduce for all of them."""
-    squares = torch.stack([torch.stack(torch._foreach_norm(list(shards))).float() ** 2 for shards in lists])
+    norms = []
+    for shards in lists:  # in float32 at least, also where the shards are not
+        dtype = functools.reduce(torch.promote_types, {shard.dtype for shard in shards}, torch.float32)
+        norms.append(torch.stack(torch._foreach_norm(list(shards), 2, dtype)).float())
+    squares = torch.stack(norms) ** 2
     columns: dict[tuple[distributed.ProcessGroup, ...], list[int]] = defaultdict(list)
     for i, p in enumerate(params):
         columns[_sharding_groups(p)].append(i)

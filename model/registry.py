@@ -4,16 +4,21 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
 
 from composer.loggers import MLFlowLogger
 from mlflow import MlflowClient, artifacts
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from model.config import UserError
+
+METRIC = "metric."  # before the names of a version's metrics among its tags
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class PublishConfig:
 
     name: str  # registered model
     alias: str = "candidate"  # moved to the new version
+    # Metrics of which lower is better, such as eval/loss/videos/total: the alias moves only if the new version beats its present
+    # holder in each. An empty list moves it always.
+    gate: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Said before training: MLflow would refuse it after.
@@ -84,16 +92,31 @@ def make_logger(config: TrackingConfig, run_name: str) -> MLFlowLogger:
     )
 
 
-def mark_failed(config: TrackingConfig, run_id: str | None) -> None:
-    """Set a run FAILED. After an exception: flush and close the trainer first, which reports the run FINISHED."""
+def mark(config: TrackingConfig, run_id: str | None, status: Literal["FAILED", "KILLED"]) -> None:
+    """Set how a run ended. Flush and close the trainer first, which reports the run FINISHED."""
     if run_id is not None:
-        MlflowClient(config.uri).set_terminated(run_id, status="FAILED")
+        MlflowClient(config.uri).set_terminated(run_id, status=status)
 
 
-def publish(folder: Path, tracking: TrackingConfig, config: PublishConfig, run_id: str, tags: dict[str, str]) -> str:
-    """Log the artefact ``folder`` to its run, register it as a new version, move the alias there. Returns the version.
+@dataclass(frozen=True)
+class Publication:
+    """A registered version."""
 
-    A run that has published before, with the same tags, is not published twice.
+    version: str
+    refused: str  # why the alias did not move; empty if it did
+
+
+def publish(
+    folder: Path,
+    tracking: TrackingConfig,
+    config: PublishConfig,
+    run_id: str,
+    tags: dict[str, str],
+    metrics: Mapping[str, float] = MappingProxyType({}),
+) -> Publication:
+    """Log the artefact ``folder`` to its run, register it as a new version, and move the alias there if the gate lets it.
+
+    A run that has published before, with the same tags, is not published twice. ``metrics`` stay with the version, as tags.
     """
     client = MlflowClient(tracking.uri)
     try:
@@ -101,15 +124,35 @@ def publish(folder: Path, tracking: TrackingConfig, config: PublishConfig, run_i
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    for version in client.search_model_versions(f"name='{config.name}'"):
-        if version.run_id == run_id and all(version.tags.get(key) == value for key, value in tags.items()):
-            client.set_registered_model_alias(config.name, config.alias, version.version)
-            return str(version.version)
-    client.log_artifacts(run_id, str(folder), folder.name)
-    source = f"{client.get_run(run_id).info.artifact_uri}/{folder.name}"
-    version = client.create_model_version(config.name, source, run_id, tags=tags)
-    client.set_registered_model_alias(config.name, config.alias, version.version)
-    return str(version.version)
+    known = client.search_model_versions(f"name='{config.name}'")
+    same = (v for v in known if v.run_id == run_id and all(v.tags.get(key) == value for key, value in tags.items()))
+    version = next(same, None)
+    if version is None:
+        client.log_artifacts(run_id, str(folder), folder.name)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{folder.name}"
+        measured = {METRIC + name: repr(float(value)) for name, value in metrics.items()}
+        version = client.create_model_version(config.name, source, run_id, tags={**tags, **measured})
+    refused = _refusal(client, config, version)
+    if not refused:
+        client.set_registered_model_alias(config.name, config.alias, version.version)
+    return Publication(str(version.version), refused)
+
+
+def _refusal(client: MlflowClient, config: PublishConfig, version: ModelVersion) -> str:
+    """Why the gate keeps the alias where it is; empty if the alias may move."""
+    try:
+        holder = client.get_model_version_by_alias(config.name, config.alias)
+    except MlflowException:  # nobody holds it
+        return ""
+    if str(holder.version) == str(version.version):
+        return ""
+    for name in config.gate:
+        own, its = version.tags.get(METRIC + name), holder.tags.get(METRIC + name)
+        if own is None or its is None:
+            return f"version {version.version if own is None else holder.version} has no {name}"
+        if not float(own) < float(its):
+            return f"{name} is {float(own):.5g}, and {float(its):.5g} in version {holder.version}, which holds it"
+    return ""
 
 
 def fetch(uri: str, tracking_uri: str) -> Path:
@@ -130,6 +173,7 @@ def fetch(uri: str, tracking_uri: str) -> Path:
     name, mark, pointer = parts.groups()
     try:
         client = MlflowClient(tracking_uri)
+        client.get_registered_model(name)  # first: MLflow says of a missing model that its alias is missing
         version = client.get_model_version_by_alias(name, pointer).version if mark == "@" else pointer
         # Resolved here: MLflow's own models:/ scheme asks a process-wide registry, not this store.
         source = client.get_model_version_download_uri(name, version)

@@ -1,9 +1,11 @@
 """Train one stage of the cascade: ``composer [-n PROCESSES] model/train.py yamls/stage1.yaml [key=value ...]``.
 
-Started again with the same name, a run goes on from its newest checkpoint.
+Started again with the same name, a run goes on from its newest whole checkpoint. Exit codes: 0 done, 2 bad input, 143 stopped by
+SIGTERM or SIGUSR1, with a checkpoint: start it again.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from model import cpu_memory  # noqa: E402
 
 if __name__ == "__main__":
     cpu_memory.tune()  # may start the process afresh, so before the slow imports
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(143))  # until model.preemption takes over
 
 import hashlib  # noqa: E402
 import warnings  # noqa: E402
@@ -22,7 +26,6 @@ from typing import Any, Literal  # noqa: E402
 
 import torch  # noqa: E402
 from composer import Trainer  # noqa: E402
-from composer.algorithms import GradientClipping  # noqa: E402
 from composer.callbacks import LRMonitor, SpeedMonitor  # noqa: E402
 from composer.optim import CosineAnnealingWithWarmupScheduler  # noqa: E402
 from composer.utils import dist, get_device, reproducibility  # noqa: E402
@@ -30,15 +33,22 @@ from composer.utils import dist, get_device, reproducibility  # noqa: E402
 # torch and Composer warn about their own ways.
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated|FSDP2 Config/APIs are experimental")
 
-from model import checkpoint, command, config, provenance, registry, sharding  # noqa: E402
+from model import checkpoint, command, config, optimizers, provenance, registry, resume, sharding, telemetry  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
 from model.data import dataset  # noqa: E402
 from model.data.dataset import DataConfig  # noqa: E402
 from model.data.schema import Manifest  # noqa: E402
 from model.denoiser import Denoiser, ModelConfig  # noqa: E402
 from model.ema import EMA, EMAConfig  # noqa: E402
-from model.lamb import LAMB, LAMBConfig  # noqa: E402
+from model.evaluation import Evaluation, EvaluationConfig, noise_bands  # noqa: E402
+from model.faults import FaultsConfig, StepGuard  # noqa: E402
+from model.lamb import LAMBConfig  # noqa: E402
+from model.optimizers import OptimizerConfig  # noqa: E402
+from model.preemption import Preempted, Preemption  # noqa: E402
 from model.registry import PublishConfig, TrackingConfig  # noqa: E402
+from model.resume import CheckpointConfig, WholeCheckpoints  # noqa: E402
+from model.sharding import ShardingConfig  # noqa: E402
+from model.telemetry import Telemetry, TelemetryConfig  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -51,26 +61,22 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """Sharded checkpoints under the run's folder."""
-
-    every: int = 1000  # steps
-    keep: int = 3
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 
     name: str  # of the run; its folder is FOLDER/NAME
     model: ModelConfig
     data: DataConfig
-    optimizer: LAMBConfig = field(default_factory=LAMBConfig)
+    optimizer: OptimizerConfig = field(default_factory=LAMBConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     samples: SamplesConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     publish: PublishConfig | None = None
     folder: str = "runs"
     initialise_from: str | None = None  # models:/NAME@ALIAS or a folder: stage 2 starts from stage 1's weights
@@ -78,7 +84,23 @@ class TrainConfig:
     microbatch: int | None = None  # samples per process at once; None for the whole batch
     clip_norm: float = 0.5  # gradient clipping is used, its bound unstated; this is the first author's later choice
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+    compile: bool = False  # the network's blocks; needs a C++ compiler on a CPU, and some minutes at the start
     seed: int = 17
+
+    def __post_init__(self) -> None:
+        if self.publish and self.publish.gate and self.evaluation is None:
+            raise ValueError("publish.gate names metrics, for which evaluation must be configured")
+        codec, network = self.model.codec, self.model.network
+        for name, given, built in (
+            ("frames", self.data.frames, network.size[0]),
+            ("height", self.data.height, codec.height),
+            ("width", self.data.width, codec.width),
+            ("text_width", self.data.text_width, network.text_width),
+        ):
+            if given != built:
+                raise ValueError(f"data.{name} is {given}, the model is built for {built}")
+        if self.evaluation:
+            noise_bands(self.evaluation, self.model.diffusion)
 
 
 def train(c: TrainConfig) -> None:
@@ -87,41 +109,52 @@ def train(c: TrainConfig) -> None:
     dist.initialize_dist(device, timeout=1800.0)
     if device.name == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_local_world_size()))
+    preemption = Preemption()
     reproducibility.seed_all(c.seed)
+    manifests = dataset.manifests(c.data)
     if dist.get_global_rank() == 0:
+        resume.claim(Path(c.folder, c.name))
         registry.ensure_experiment(c.tracking)
     dist.barrier()
+    checkpoints = Path(c.folder, c.name, "checkpoints").absolute()
+    found = resume.find_whole(checkpoints)
+    if dist.get_global_rank() == 0:
+        print(found, flush=True)
 
-    manifests = dataset.manifests(c.data)
-    loader = dataset.build_loader(c.data, c.global_batch)
+    loader = dataset.build_loader(c.data, c.global_batch, c.evaluation.held_out if c.evaluation else None)
     denoiser = Denoiser(c.model, sharding.build_device())
     if c.initialise_from and dist.get_global_rank() == 0:
         transfer = checkpoint.initialise_from(denoiser, registry.fetch(c.initialise_from, c.tracking.uri))
-        print(f"from {c.initialise_from}: copied {len(transfer.copied)} weights, new {transfer.new}, unused {transfer.unused}")
+        print(f"from {c.initialise_from}: {transfer}")
+    if c.compile:
+        denoiser.network.compile_blocks()
+    denoiser.flops_per_batch = telemetry.flops_per_batch(c.model, c.data.max_tokens)
     ema = EMA(c.ema)
-    callbacks = [ema, ProgressBar(c.name, c.schedule.steps), LRMonitor(), SpeedMonitor(window_size=20)]
+    guard = StepGuard(c.faults, c.clip_norm, ema, Path(c.folder, c.name, "faults"))
+    callbacks = [preemption, guard, Telemetry(c.telemetry, guard), ema, ProgressBar(c.name, c.schedule.steps)]
+    callbacks += [LRMonitor(), SpeedMonitor(window_size=20)]
+    evaluation = Evaluation(c.evaluation, ema, loader, c.data.max_tokens) if c.evaluation else None
+    if evaluation:
+        callbacks.append(evaluation)
     if c.samples:
         text = next(iter(manifests.values())).text
         callbacks.append(SampleVideos(c.samples, ema, text.encoder, text.max_tokens))
+    callbacks.append(WholeCheckpoints(checkpoints, c.checkpoints, preemption, frozenset(found.ignored)))
     mlflow_logger = registry.make_logger(c.tracking, c.name)
     trainer = Trainer(
         model=denoiser,
         train_dataloader=loader,
-        optimizers=LAMB(denoiser.parameters(), c.optimizer),
+        optimizers=optimizers.build(denoiser.parameters(), c.optimizer),
         schedulers=CosineAnnealingWithWarmupScheduler(f"{c.schedule.warmup}ba", f"{c.schedule.steps}ba", c.schedule.final),
-        algorithms=GradientClipping("norm", c.clip_norm),
         callbacks=callbacks,
         loggers=mlflow_logger,
-        parallelism_config=sharding.parallelism(),
+        parallelism_config=sharding.parallelism(c.sharding),
         max_duration=f"{c.schedule.steps}ba",
         device_train_microbatch_size=c.microbatch or c.global_batch // dist.get_world_size(),
         precision=c.precision if device.name == "gpu" else "fp32",
         run_name=c.name,
         seed=c.seed,
-        save_folder=str(Path(c.folder, c.name, "checkpoints")),
-        save_interval=f"{c.checkpoints.every}ba",
-        save_num_checkpoints_to_keep=c.checkpoints.keep,
-        autoresume=True,
+        load_path=None if found.newest is None else str(found.newest),
         progress_bar=False,
         dist_timeout=1800.0,
     )
@@ -131,17 +164,26 @@ def train(c: TrainConfig) -> None:
         # Composer restores the random state only where it has to replay batches, which our dataset spares it.
         reproducibility.load_rng_state(trainer._rng_state)
         trainer._rng_state = None
+    done = int(trainer.state.timestamp.batch)
     try:
-        trainer.fit()
-        publish(c, ema, int(trainer.state.timestamp.batch), manifests, mlflow_logger._run_id)
-    except BaseException:
+        if done < c.schedule.steps:
+            trainer.fit()
+        elif dist.get_global_rank() == 0:
+            print(f"{c.name} has made {done} steps already, of {c.schedule.steps} asked for: nothing to train")
+        measured = evaluation.latest if evaluation else {}
+        publish(c, ema, int(trainer.state.timestamp.batch), manifests, mlflow_logger._run_id, measured)
+    except BaseException as error:
         trainer.close()  # first: it flushes, and then reports the run FINISHED
-        registry.mark_failed(c.tracking, mlflow_logger._run_id)
+        registry.mark(c.tracking, mlflow_logger._run_id, "KILLED" if isinstance(error, Preempted) else "FAILED")
+        if isinstance(error, Preempted) and preemption.stopping:
+            dist.barrier()  # the launcher kills the others when the first one ends
         raise
     trainer.close()
 
 
-def publish(c: TrainConfig, ema: EMA, step: int, manifests: dict[str, Manifest], run_id: str | None) -> None:
+def publish(
+    c: TrainConfig, ema: EMA, step: int, manifests: dict[str, Manifest], run_id: str | None, metrics: dict[str, float]
+) -> None:
     """Write the artefact with the EMA weights, and register it if the config says so."""
     weights = checkpoint.gather(ema.weights)
     if dist.get_global_rank() != 0:
@@ -153,8 +195,10 @@ def publish(c: TrainConfig, ema: EMA, step: int, manifests: dict[str, Manifest],
     if c.publish and run_id:
         data = hashlib.sha256("".join(manifest.to_json() for manifest in manifests.values()).encode()).hexdigest()[:16]
         tags = {"run": c.name, "step": str(step), "commit": origin.commit, "data": data}
-        version = registry.publish(folder, c.tracking, c.publish, run_id, tags)
-        print(f"registered as models:/{c.publish.name}@{c.publish.alias}, version {version}")
+        done = registry.publish(folder, c.tracking, c.publish, run_id, tags, metrics)
+        print(f"registered as models:/{c.publish.name}/{done.version}")
+        alias = f"models:/{c.publish.name}@{c.publish.alias}"
+        print(f"{alias} stays where it is: {done.refused}" if done.refused else f"{alias} is version {done.version}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

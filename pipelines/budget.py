@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from model import optimizers
 from model.config import UserError
 from model.data import batch, dataset
 from model.denoiser import Denoiser
-from model.lamb import LAMB, LAMBConfig
 from model.networks.conditioning import ConditioningTokens
+from model.optimizers import OptimizerConfig
 from model.train import TrainConfig
 from pipelines.dry_run import Meter, StepCount, compute_dtype, count_step, fsdp_units
 
@@ -54,8 +55,8 @@ class Memory:
 
     weights: int  # sharded, float32
     gradients: int  # the same
-    moments: int  # the same, twice: LAMB's
-    average: int  # the same: the EMA
+    moments: int  # the same, twice: the optimiser's
+    average: int  # the same for each half-life: the EMA
     state: int  # the four
     gathered: int  # FSDP2's whole copies in the compute dtype: the root, the block at work, the one fetched ahead
     reducing: int  # whole gradients of the root and of the block at work, and the float32 buffer of a reduction
@@ -203,9 +204,9 @@ class _OptimizerCount:
     temporaries: float
 
 
-def _count_optimizer(model: Denoiser, config: LAMBConfig) -> _OptimizerCount:
-    """Run LAMB's first step on meta tensors, which makes its state before all else."""
-    optimizer = LAMB(model.parameters(), config)
+def _count_optimizer(model: Denoiser, config: OptimizerConfig) -> _OptimizerCount:
+    """Run the optimiser's first step on meta tensors, which makes its state before all else."""
+    optimizer = optimizers.build(model.parameters(), config)
     gradients = [torch.empty_like(p) for p in model.parameters()]
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         p.grad = gradient
@@ -239,7 +240,7 @@ def _packed(c: TrainConfig, videos: int, images: int) -> batch.PackedBatch:
             frame_rate=torch.empty(count),
             resolution=torch.empty(count, 2),
             is_image=torch.empty(count, dtype=torch.bool),
-            seed=torch.empty(count, dtype=torch.int64),
+            seed=[0] * count,
             key=[""] * count,
             caption=[""] * count,
         )
@@ -263,14 +264,15 @@ def _memory(
     gathered = compute * (root + 2 * largest)
     reducing = compute * (root + largest) + FLOAT32 * max(root, largest)
     moments, temporaries = round(shard * optimizer.state), round(shard * optimizer.temporaries)
-    state = 3 * shard + moments
+    average = shard * (1 + len(c.ema.others))
+    state = 2 * shard + moments + average
     training = state + gathered + reducing + local_batch + microbatch.peak
     update = state + local_batch + temporaries
     return Memory(
         weights=shard,
         gradients=shard,
         moments=moments,
-        average=shard,
+        average=average,
         state=state,
         gathered=gathered,
         reducing=reducing,

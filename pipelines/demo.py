@@ -4,21 +4,27 @@ Runs the same commands that one types by hand, one after the other, and shows ea
 interrupted demo goes on where it was.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from streaming import LocalDataset
 
-from model import command
+from model import command, config
 from model.config import UserError
 from model.data.schema import Kind, Manifest
+
+TRAINING = ("yamls/demo/stage1.yaml", "yamls/demo/stage2.yaml")
+END_SECONDS = 30  # that an interrupted stage has to end
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,12 @@ class DemoConfig:
     processes: int = 2  # of training
     prompts: tuple[str, ...] = ()  # for the made-up scenes; own data are sampled with their own captions
     overrides: tuple[str, ...] = ()  # key=value for both training runs
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes must be at least 1, got {self.processes}")
+        if self.data is None and not any(prompt.strip() for prompt in self.prompts):
+            raise ValueError(f"prompts must name at least one, got {list(self.prompts)}")
 
 
 @dataclass(frozen=True)
@@ -44,12 +56,23 @@ def demo(c: DemoConfig) -> None:
     """Run what is missing and print where everything is.
 
     Raises:
-        UserError: no such data folder, or a stage that failed.
+        UserError: no such data folder, overrides that training would refuse, a demo at work in the same folder, or a stage that
+            failed.
     """
     if c.data is not None and not Path(c.data).is_dir():
         raise UserError(f"data: no such folder: {c.data}")
+    if c.overrides:  # told now, not after the data are prepared
+        from model.train import TrainConfig  # seconds of imports, which only overrides are worth
+
+        for yaml in TRAINING:
+            config.load(TrainConfig, yaml, c.overrides)
     folder = Path(c.folder if c.data is None else f"{c.folder}-{_fingerprint(Path(c.data))}")
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
+        _run_stages(c, folder)
+
+
+def _run_stages(c: DemoConfig, folder: Path) -> None:
     begin = time.monotonic()
     module = (sys.executable, "-m")
     captions = c.prompts
@@ -61,9 +84,9 @@ def demo(c: DemoConfig) -> None:
         Stage("build a small text encoder", (*module, "dataprep.small_t5", "yamls/demo/small_t5.yaml", *words)),
         Stage("prepare the data with Spark", (*module, "dataprep.run", "yamls/demo/dataprep.yaml", *inputs)),
     ]
-    total = len(stages) + 3
-    for number, stage in enumerate(stages, 1):
-        _run(stage, folder, f"{number}/{total}")
+    progress = Progress(folder, len(stages) + 3)
+    for stage in stages:
+        progress.run(stage)
 
     shards = folder / "shards"
     overrides = list(c.overrides)
@@ -71,32 +94,82 @@ def demo(c: DemoConfig) -> None:
         captions = _captions(shards, 4)
         overrides += [f"samples.prompts={json.dumps(captions[:2])}"]
     trainer = (str(Path(sys.executable).with_name("composer")), "-n", str(c.processes), "model/train.py")
-    for stage_number in (1, 2):
-        own = _fit_to_data(shards / f"stage{stage_number}", 16 if stage_number == 1 else 8, c.processes)
-        arguments = (*trainer, f"yamls/demo/stage{stage_number}.yaml", *overrides, *own)
-        _run(Stage(f"train stage {stage_number}", arguments), folder, f"{total - 3 + stage_number}/{total}")
-    prompts = f"prompts={json.dumps(captions)}"
-    _run(Stage("sample", (*module, "pipelines.sample", "yamls/demo/sample.yaml", prompts)), folder, f"{total}/{total}")
+    for number, (yaml, batch) in enumerate(zip(TRAINING, (16, 8), strict=True), 1):
+        own = _fit_to_data(shards / f"stage{number}", batch, c.processes)
+        progress.run(Stage(f"train stage {number}", (*trainer, yaml, *overrides, *own)))
+    progress.run(Stage("sample", (*module, "pipelines.sample", "yamls/demo/sample.yaml", f"prompts={json.dumps(captions)}")))
     print(_summary(folder, time.monotonic() - begin))
 
 
-def _run(stage: Stage, folder: Path, number: str) -> None:
-    """Run a command unless it has finished before with the same words."""
-    marker = folder / "finished" / hashlib.sha256(json.dumps(stage.arguments).encode()).hexdigest()[:16]
-    if marker.exists():
-        print(f"[{number}] {stage.title}: done before", flush=True)
-        return
-    print(f"[{number}] {stage.title}\n      {_typed(stage.arguments)}", flush=True)
-    begin = time.monotonic()
-    environment = {**os.environ, "DEMO_FOLDER": str(folder), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    code = subprocess.run(stage.arguments, env=environment).returncode
-    if code:
-        raise UserError(
-            f"the demo stopped at '{stage.title}' (exit code {code}); what is done is kept, make demo goes on from there"
-        )
-    marker.parent.mkdir(exist_ok=True)
-    marker.write_text(stage.title + "\n", encoding="utf-8")
-    print(f"[{number}] {stage.title}: {time.monotonic() - begin:.0f} s\n", flush=True)
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse to start where another demo is at work; the lock goes with the process that holds it."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another demo is at work in {folder}; wait for it, or name another folder") from error
+        yield
+
+
+class Progress:
+    """Runs stages in their order and remembers in ``folder`` which have finished.
+
+    A stage runs again if its words have changed, or those of any stage before it.
+    """
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self.folder = folder
+        self.total = total
+        self.number = 0
+        self.words: list[Sequence[str]] = []
+
+    def run(self, stage: Stage) -> None:
+        """Run the next stage unless it has finished before.
+
+        Raises:
+            UserError: it failed.
+        """
+        self.number += 1
+        self.words.append(stage.arguments)
+        number = f"[{self.number}/{self.total}]"
+        marker = self.folder / "finished" / str(self.number)
+        digest = hashlib.sha256(json.dumps(self.words).encode()).hexdigest()
+        if marker.exists() and marker.read_text(encoding="utf-8") == digest:
+            print(f"{number} {stage.title}: done before", flush=True)
+            return
+        print(f"{number} {stage.title}\n      {_typed(stage.arguments)}", flush=True)
+        begin = time.monotonic()
+        environment = {**os.environ, "DEMO_FOLDER": str(self.folder), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        code = _call(stage.arguments, environment)
+        if code:
+            raise UserError(
+                f"the demo stopped at '{stage.title}' (exit code {code}); what is done is kept, make demo goes on from there"
+            )
+        marker.parent.mkdir(exist_ok=True)
+        marker.write_text(digest, encoding="utf-8")
+        print(f"{number} {stage.title}: {time.monotonic() - begin:.0f} s\n", flush=True)
+
+
+def _call(arguments: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command to its end and return its exit code. Ended itself, by Ctrl-C or SIGTERM, it ends the command first."""
+    process = subprocess.Popen(arguments, env=environment)
+
+    def terminate(*_: object) -> None:
+        process.send_signal(signal.SIGINT)  # what a Ctrl-C would have sent to all
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _typed(arguments: Sequence[str]) -> str:

@@ -65,7 +65,7 @@ def _memory(b: Budget) -> list[Row]:
     return [
         ("weights", _bytes(m.weights), "float32, sharded"),
         ("gradients", _bytes(m.gradients), "float32, sharded"),
-        ("moments", _bytes(m.moments), "LAMB's two, float32, sharded"),
+        ("moments", _bytes(m.moments), "the optimiser's two, float32, sharded"),
         ("average", _bytes(m.average), "EMA, float32, sharded"),
         ("state", _bytes(m.state), "the four"),
         ("gathered", _bytes(m.gathered), "whole weights of the root and two blocks"),

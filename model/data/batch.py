@@ -37,7 +37,7 @@ class Common(TypedDict):
     frame_rate: Tensor  # (B,) float32, per second; +inf for images
     resolution: Tensor  # (B, 2) float32, height and width of the source
     is_image: Tensor  # (B,) bool
-    seed: Tensor  # (B,) int64 in [0, 2^63): of this sample in this epoch, whatever the number of processes and workers
+    seed: list[int]  # in [0, 2^63): of this sample in this epoch, whatever the number of processes and workers
     key: list[str]
     caption: list[str]
 
@@ -69,7 +69,7 @@ def collate(samples: Sequence[Sample], max_tokens: int) -> PackedBatch:
         frame_rate=torch.tensor([sample.frame_rate for sample in samples], dtype=torch.float32),
         resolution=torch.tensor([sample.resolution for sample in samples], dtype=torch.float32),
         is_image=torch.tensor([sample.is_image for sample in samples]),
-        seed=torch.tensor([sample.seed for sample in samples]),
+        seed=[sample.seed for sample in samples],
         key=[sample.key for sample in samples],
         caption=[sample.caption for sample in samples],
     )

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from model.data.batch import PackedBatch, Sample
 from model.data.samples import ClipDataset, View, derived_seed, span, stride_of
 from model.data.schema import Kind, Manifest, SchemaError, require_same
 from model.data.shards import Source, find_fault, open_source
+from model.preemption import shield_loader_process
 
 KINDS: tuple[Kind, ...] = ("videos", "images")
 
@@ -138,12 +139,20 @@ class JointDataset(IterableDataset[Sample]):
     Composer calls ``state_dict`` and ``load_state_dict`` for checkpoints.
     """
 
-    def __init__(self, sources: dict[Kind, Source], config: DataConfig, mix: Mixture) -> None:
-        """Collective: every process builds it at the same time.
+    def __init__(
+        self, sources: dict[Kind, Source], config: DataConfig, mix: Mixture, held_out: Mapping[Kind, int] | None = None
+    ) -> None:
+        """Collective: every process builds it at the same time. ``held_out`` samples of each kind are not iterated over.
 
         Raises:
-            UserError: fewer samples than one global batch takes.
+            UserError: fewer samples than one global batch takes, or none beside those held out.
         """
+        held_out = held_out or {}
+        for kind, source in sources.items():
+            if held_out.get(kind, 0) >= source.manifest.num_samples:
+                raise UserError(
+                    f"{source.location} holds {source.manifest.num_samples} samples, {held_out[kind]} are to be held out"
+                )
         world = World.detect()
         world_size = world.num_ranks
         kind, source = next(iter(sources.items()))
@@ -163,7 +172,9 @@ class JointDataset(IterableDataset[Sample]):
             for kind, source in sources.items():
                 count = mix.count(kind)
                 epoch_size = self.batches * count * world_size
-                self.parts[kind] = ClipDataset(source, view, count, epoch_size, config.canonical_nodes, config.local_limit)
+                self.parts[kind] = ClipDataset(
+                    source, view, count, epoch_size, config.canonical_nodes, config.local_limit, held_out.get(kind, 0)
+                )
         self._position = {"epoch": 0, "sample_in_epoch": 0}  # where iteration begins, in samples over all processes
         # What the order depends on: a checkpoint's position means nothing under another.
         self._order = {
@@ -272,6 +283,7 @@ class JointLoader(DataLoader[Sample]):
             num_workers=config.workers,
             prefetch_factor=config.prefetch if config.workers else None,
             persistent_workers=config.workers > 0,
+            worker_init_fn=shield_loader_process,
             pin_memory=torch.cuda.is_available(),
             drop_last=True,
             generator=torch.Generator(),  # its own: an epoch's start must not advance the generator that noise comes from
@@ -296,7 +308,7 @@ class JointLoader(DataLoader[Sample]):
             raise UserError(f"the epoch ended after {yielded} of {promised} batches; the loader's error is above")
 
 
-def build_loader(config: DataConfig, global_batch_size: int) -> DataSpec:
+def build_loader(config: DataConfig, global_batch_size: int, held_out: Mapping[Kind, int] | None = None) -> DataSpec:
     """Open and check the datasets and build the loader for Composer's Trainer. Collective: every process calls it.
 
     Each process gets batches of its part of ``global_batch_size``, all with the same numbers of videos and images. In the
@@ -305,6 +317,7 @@ def build_loader(config: DataConfig, global_batch_size: int) -> DataSpec:
     Args:
         config: what to read.
         global_batch_size: samples of a step, over all processes.
+        held_out: how many samples of each kind are never trained on; ``ClipDataset.held_out_sample`` reads them.
 
     Raises:
         UserError: datasets that are missing, damaged or not what ``config`` asks for, or a batch that does not split. The same in
@@ -322,7 +335,7 @@ def build_loader(config: DataConfig, global_batch_size: int) -> DataSpec:
     faults = [found for found in dist.all_gather_object(fault) if found]
     if faults:
         raise UserError(faults[0])
-    dataset = JointDataset(sources, config, mix)
+    dataset = JointDataset(sources, config, mix, held_out)
     return DataSpec(
         JointLoader(dataset, config),
         num_samples=dataset.batches * global_batch_size,

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from streaming import StreamingDataset
+from streaming.base.constant import TICK
+from streaming.base.dataset import _Iterator, _ShardState
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -16,7 +19,8 @@ from model import text
 from model.config import UserError
 from model.data.batch import CHANNELS, Sample
 from model.data.schema import Manifest
-from model.data.shards import ShardStream, Source, one_line
+from model.data.shards import ShardStream, Source
+from model.data.storage import one_line
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,25 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
+def held_out_ids(num_samples: int, held_out: int) -> range:
+    """Which of a dataset's samples are held out of training: the last ones.
+
+    Neighbours in the shards, which come from the same sources: of a source's clips some are held out and others trained on at one
+    place at most.
+    """
+    return range(num_samples - held_out, num_samples)
+
+
+def trained_id(sample_id: int, num_samples: int, held_out: int, seed: int) -> int:
+    """The sample to train on where the order says ``sample_id``: itself, or, where that one is held out, one drawn by ``seed``.
+
+    So the order's length and all places in it stay what they are without samples held out.
+    """
+    if sample_id not in held_out_ids(num_samples, held_out):
+        return sample_id
+    return seed % (num_samples - held_out)
+
+
 def decode_sample(row: dict[str, Any], manifest: Manifest, view: View, seed: int) -> Sample:
     """A row of the schema's columns -> a sample; ``seed`` decides its window.
 
@@ -157,7 +180,14 @@ class ClipDataset(StreamingDataset):
     """
 
     def __init__(
-        self, source: Source, view: View, batch_size: int, epoch_size: int, canonical_nodes: int, cache_limit: str | None
+        self,
+        source: Source,
+        view: View,
+        batch_size: int,
+        epoch_size: int,
+        canonical_nodes: int,
+        cache_limit: str | None,
+        held_out: int = 0,
     ) -> None:
         """Collective: every process builds it at the same time.
 
@@ -168,8 +198,10 @@ class ClipDataset(StreamingDataset):
             epoch_size: how many samples an epoch draws over all processes.
             canonical_nodes: how many interleaved orders make up the order.
             cache_limit: of the local copies of a remote dataset, such as "500gb".
+            held_out: how many samples are never iterated over; fewer than there are.
         """
         self.source = source
+        self.held_out = held_out
         self.view = view
         self.stream = ShardStream(source)
         try:
@@ -193,20 +225,61 @@ class ClipDataset(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch a shard. The background threads do not block and must not raise, see ``ShardStream``."""
-        super().prepare_shard(shard_id, blocking)
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception:
+            self._cache_filelock.release(force=True)  # where making room failed; all other processes would wait for it
+            raise
         fault = self.stream.faults.get(self.source.shards[shard_id].name)
         if blocking and fault:
+            if hasattr(self, "_event"):  # while it is iterated over
+                self._event.set()  # the background threads need not try the epoch's other shards before the process can end
+            if self.stream.storage:
+                self.stream.storage.abandon()
             raise UserError(fault)
 
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Count the samples whose shards are here.
+
+        StreamingDataset's own looks once whether a shard must be fetched, then waits for it: for ever if another process fetches
+        it and makes room for the next ones before this thread has looked again. This one looks anew each time.
+        """
+        while it.ready_index < it.total and not it.should_exit() and not self._event.is_set():
+            sample_id = it.sample_ids[it.ready_index]
+            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
+                time.sleep(TICK)
+                continue
+            if sample_id != -1:  # which is a place that is left empty
+                shard_id, _ = self.spanner[sample_id]
+                if self._shard_states[shard_id] == _ShardState.REMOTE:
+                    self.prepare_shard(shard_id, blocking=False)
+                if self._shard_states[shard_id] != _ShardState.LOCAL:
+                    time.sleep(TICK)
+                    continue
+            it.ready_index += 1
+        it.on_exit()
+
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
-        """Read and decode one sample.
+        """Read and decode one sample of the order.
 
         Raises:
             UserError: its shard cannot be fetched, or it is damaged or not what the manifest says; names the shard.
         """
+        seed = derived_seed(self.view.seed, self.next_epoch - 1, int(sample_id))
+        return self._read(trained_id(int(sample_id), self.source.manifest.num_samples, self.held_out, seed), seed, retry)
+
+    def held_out_sample(self, index: int) -> Sample:
+        """Read and decode one of the samples held out, always with the same window.
+
+        Raises:
+            UserError: as ``get_item``.
+        """
+        sample_id = held_out_ids(self.source.manifest.num_samples, self.held_out)[index]
+        return self._read(sample_id, derived_seed(self.view.seed, sample_id))
+
+    def _read(self, sample_id: int, seed: int, retry: int = 7) -> Sample:
         shard_id, index = self.spanner[sample_id]
         path = self.source.folder / self.source.shards[shard_id].name
-        seed = derived_seed(self.view.seed, self.next_epoch - 1, int(sample_id))
         try:
             return decode_sample(super().get_item(sample_id, retry), self.source.manifest, self.view, seed)
         except UserError:

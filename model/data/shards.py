@@ -3,27 +3,23 @@
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
-import threading
-import time
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streaming import Stream
 from streaming.base.format import Reader
 from streaming.base.hashing import get_hash, is_hash
-from streaming.base.storage import CloudDownloader
 from tqdm import tqdm
 
 from model import config
 from model.config import UserError
 from model.data import schema
 from model.data.schema import Manifest, SchemaError
+from model.data.storage import Storage, one_line, remove_stale
 
 INDEX_NAME = "index.json"
-DOWNLOAD_ATTEMPTS = 5
-BACKOFF_SECONDS = 1.0  # behind the first failed attempt; doubled behind each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +61,9 @@ def open_source(location: str, cache: str | None) -> Source:
     else:
         folder = _fetch_descriptions(remote, Path(cache).expanduser())
     try:
-        manifest = Manifest.read(folder)
-    except SchemaError as error:
-        raise UserError(str(error)) from error
-    config.build(Manifest, dataclasses.asdict(manifest), where=str(folder / schema.MANIFEST_NAME))  # the types of its values
-    shards = _read_index(folder / INDEX_NAME)
-    found = sum(shard.num_samples for shard in shards)
-    if found != manifest.num_samples:
-        raise UserError(f"{folder}: the index holds {found} samples, the manifest {manifest.num_samples}; run dataprep again")
-    if not found:
-        raise UserError(f"{location}: the dataset holds no samples")
+        manifest, shards = _read_descriptions(folder)
+    except (UserError, SchemaError) as error:
+        raise UserError(f"{location}: {error}" if remote else str(error)) from error
     return Source(location, folder, remote, manifest, shards)
 
 
@@ -90,6 +79,8 @@ def find_fault(source: Source, part: int, parts: int, hashes: bool) -> str | Non
         parts: how many processes share it.
         hashes: whether to read and hash the shards (about a second per gigabyte).
     """
+    if source.remote and part == 0:
+        remove_stale(source.folder)
     bar = tqdm(source.shards[part::parts], f"checking {source.location}", unit="shard", disable=part > 0, delay=2)
     for shard in bar:
         path = source.folder / shard.name
@@ -116,8 +107,8 @@ class ShardStream(Stream):
         super().__init__(local=str(source.folder))
         self.source = source
         self.faults: dict[str, str] = {}  # shard name -> why it could not be fetched, in this process
+        self.storage = Storage(source.remote) if source.remote else None
         self._shards = {shard.name: shard for shard in source.shards}
-        self._remote_files = CloudDownloader.get(source.remote)  # connects at its first download, in the process that needs it
 
     def prepare_shard(self, shard: Reader) -> int:
         """Fetch ``shard`` unless it is here; return how many bytes that added.
@@ -130,45 +121,25 @@ class ShardStream(Stream):
         self.faults.pop(known.name, None)
         if path.is_file():
             return 0
+        if self.storage is None:
+            self.faults[known.name] = f"{path}: no such file, but the index names it"
+            return 0
         try:
-            self._fetch(known, path)
-        except Exception as error:  # each storage's client has its own; all mean that the shard is not here
-            self.faults[known.name] = f"{path}: {one_line(error)}"
+            self.storage.fetch(known.name, path, known.num_bytes, partial(_damage, shard=known, hashes=True))
+        except Exception as error:  # whatever it is, the shard is not here
+            self.faults[known.name] = str(error) if isinstance(error, UserError) else f"{path}: {one_line(error)}"
             return 0
         return known.num_bytes
-
-    def _fetch(self, shard: Shard, path: Path) -> None:
-        if self.source.remote is None:
-            raise FileNotFoundError("no such file, but the index names it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Moved into place only when whole, so that a file with the shard's name is a good one even after a kill.
-        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-        for attempt in range(DOWNLOAD_ATTEMPTS):
-            partial.unlink(missing_ok=True)
-            try:
-                self._remote_files.download(f"{self.source.remote}/{shard.name}", str(partial))
-                damage = _damage(partial, shard, hashes=True)
-                if damage:
-                    raise OSError(f"the download from {self.source.remote} is damaged: {damage}")
-                partial.replace(path)
-                return
-            except Exception:
-                partial.unlink(missing_ok=True)
-                if attempt + 1 == DOWNLOAD_ATTEMPTS:
-                    raise
-                time.sleep(BACKOFF_SECONDS * 2**attempt)
 
 
 def _fetch_descriptions(remote: str, cache: Path) -> Path:
     """Download manifest and index; return the cache folder of this version of the dataset."""
+    storage = Storage(remote)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         files = [Path(scratch, name) for name in (schema.MANIFEST_NAME, INDEX_NAME)]
         for file in files:
-            try:
-                CloudDownloader.direct_download(f"{remote}/{file.name}", str(file))
-            except Exception as error:  # each storage's client has its own; all mean that nothing can be read there
-                raise UserError(f"{remote}/{file.name}: {one_line(error)}") from error
+            storage.fetch(file.name, file)
         # Named after the contents: shards of an earlier version at the same address are never mistaken for this one's.
         version = hashlib.sha256(b"\0".join([remote.encode(), *(file.read_bytes() for file in files)])).hexdigest()[:16]
         folder = cache / version
@@ -176,6 +147,18 @@ def _fetch_descriptions(remote: str, cache: Path) -> Path:
         for file in files:
             file.replace(folder / file.name)
     return folder
+
+
+def _read_descriptions(folder: Path) -> tuple[Manifest, tuple[Shard, ...]]:
+    manifest = Manifest.read(folder)
+    config.build(Manifest, dataclasses.asdict(manifest), where=str(folder / schema.MANIFEST_NAME))  # the types of its values
+    shards = _read_index(folder / INDEX_NAME)
+    found = sum(shard.num_samples for shard in shards)
+    if found != manifest.num_samples:
+        raise UserError(f"{folder}: the index holds {found} samples, the manifest {manifest.num_samples}; run dataprep again")
+    if not found:
+        raise UserError(f"{folder}: the dataset holds no samples")
+    return manifest, shards
 
 
 def _read_index(path: Path) -> tuple[Shard, ...]:
@@ -217,9 +200,3 @@ def _damage(path: Path, shard: Shard, hashes: bool) -> str | None:
         if get_hash(algorithm, path.read_bytes()) != shard.hashes[algorithm]:
             return f"its contents do not have the {algorithm} that the index says"
     return None
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error that another library raised, without its line breaks."""
-    text = " ".join(str(error).split())
-    return text if text else type(error).__name__

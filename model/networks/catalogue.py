@@ -1,18 +1,22 @@
 """Name -> network: a plain dict, the only registry. A new architecture is one folder and one line here."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
 
 from model.networks.fit.config import FITConfig
 from model.networks.fit.network import FIT
 from model.networks.layers import reset_parameters
+from model.networks.network import Network
+from model.networks.unet.config import UNetConfig
+from model.networks.unet.network import UNet
 
-NetworkConfig = FITConfig  # a union, once there are more
+NetworkConfig = FITConfig | UNetConfig
 
-NETWORKS: dict[type, type[nn.Module]] = {FITConfig: FIT}
+NETWORKS: dict[type, Callable[..., Network]] = {FITConfig: FIT, UNetConfig: UNet}
 
 
-def build(config: NetworkConfig, device: str | torch.device = "cpu") -> nn.Module:
+def build(config: NetworkConfig, device: str | torch.device = "cpu") -> Network:
     """Build and initialise a network; on the meta device nothing is allocated or initialised."""
     with torch.device("meta"):
         network = NETWORKS[type(config)](config)

@@ -20,6 +20,11 @@ class Conditioning:
     low_resolution: Tensor | None = None  # (B, T, C, H, W) the upsampler's input, corrupted and already at the output's size
     corruption: Tensor | None = None  # (B,) std of the noise that was added to it
 
+    @property
+    def is_image(self) -> Tensor:
+        """(B,) True where the frame rate is infinite."""
+        return torch.isinf(self.frame_rate)
+
     def without_text(self, drop: Tensor | None = None) -> "Conditioning":
         """The same with the text dropped, for all samples or for those where ``drop`` (B,) is True."""
         keep = torch.zeros_like(self.text_mask) if drop is None else self.text_mask & ~drop[:, None]
@@ -27,7 +32,7 @@ class Conditioning:
 
 
 class ConditioningTokens(nn.Module):
-    """Conditioning -> tokens (B, L + 5, width) and their mask: text, sigma, frame rate, original height and width, corruption.
+    """Conditioning -> tokens and their mask: text, sigma, frame rate, original height and width, for an upsampler corruption.
 
     Args:
         text_width: D, the width of the text states.
@@ -52,7 +57,11 @@ class ConditioningTokens(nn.Module):
         nn.init.normal_(self.image)
 
     def forward(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, N, width) and mask (B, N), True where a token may be read."""
+        """Return tokens (B, N, width) and mask (B, N), True where a token may be read; N is L + 4, or L + 5 for an upsampler.
+
+        Raises:
+            ValueError: an upsampler that is not told its corruption level.
+        """
         c = conditioning
         text = self.text(c.text.to(self.text.weight.dtype))
         dropped = ~c.text_mask.any(dim=1)  # (B,): their first text token becomes the null
@@ -60,9 +69,8 @@ class ConditioningTokens(nn.Module):
         text = torch.cat([first[:, None], text[:, 1:]], dim=1)
         text_mask = torch.cat([(c.text_mask[:, 0] | dropped)[:, None], c.text_mask[:, 1:]], dim=1)
 
-        is_image = torch.isinf(c.frame_rate)
-        rate = self.frame_rate(torch.where(is_image, 1.0, c.frame_rate).log2())
-        rate = torch.where(is_image[:, None], self.image.to(rate.dtype), rate)
+        rate = self.frame_rate(torch.where(c.is_image, 1.0, c.frame_rate).log2())
+        rate = torch.where(c.is_image[:, None], self.image.to(rate.dtype), rate)
         scalars = [self.sigma(c.c_noise), rate, self.height(c.resolution[:, 0].log2()), self.width(c.resolution[:, 1].log2())]
         if self.corruption is not None:
             if c.corruption is None:

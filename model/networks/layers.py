@@ -2,6 +2,7 @@
 
 import math
 
+import einops._torch_specific  # noqa: F401  lets torch.compile keep rearrange whole; by itself it comes with the first eager call
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -20,13 +21,17 @@ class Attention(nn.Module):
     """Pre-norm attention without biases: layer norm on the query and on the context, residual left to the caller.
 
     ``query`` (B, M, query_width) attends to ``context`` (B, N, context_width); self-attention where the context is the query.
-    The inner width is the smaller of the two sides' widths.
+    The inner width is the smaller of the two sides' widths; with it FIT has the published sizes. The paper says
+    nothing of inner widths, norms or biases (Table 8).
 
     Args:
         query_width: channels of the query side, also of the output.
         context_width: channels of the context side; None for self-attention.
         head_width: channels per head; must divide the inner width.
         output_gain: gain of the output projection's initialisation.
+
+    Raises:
+        ValueError: a head width that does not divide the inner width.
     """
 
     def __init__(self, query_width: int, context_width: int | None, head_width: int, output_gain: float = 1.0) -> None:
@@ -37,31 +42,43 @@ class Attention(nn.Module):
         self.head_width = head_width
         self.output_gain = output_gain
         self.query_norm = nn.LayerNorm(query_width)
-        self.context_norm = nn.LayerNorm(context_width) if context_width else None
-        self.query = nn.Linear(query_width, inner, bias=False)
-        self.key_value = nn.Linear(context_width or query_width, 2 * inner, bias=False)
+        if context_width is None:
+            self.query_key_value = nn.Linear(query_width, 3 * inner, bias=False)
+        else:
+            self.context_norm = nn.LayerNorm(context_width)
+            self.query = nn.Linear(query_width, inner, bias=False)
+            self.key_value = nn.Linear(context_width, 2 * inner, bias=False)
+        self.is_self_attention = context_width is None
         self.output = nn.Linear(inner, query_width, bias=False)
 
     def reset_parameters(self) -> None:
-        init_linear(self.query)
-        init_linear(self.key_value)
+        for projection in (self.query_key_value,) if self.is_self_attention else (self.query, self.key_value):
+            init_linear(projection)
         init_linear(self.output, self.output_gain)
 
     def forward(self, query: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
         """Return (B, M, query_width). ``context_mask`` (B, N) is True where the context may be read."""
         query = self.query_norm(query)
-        context = query if self.context_norm is None else self.context_norm(context)
-        q = rearrange(self.query(query), "b m (h c) -> b h m c", c=self.head_width)
-        k, v = rearrange(self.key_value(context), "b n (two h c) -> two b h n c", two=2, c=self.head_width)
+        if self.is_self_attention:
+            q, k, v = rearrange(self.query_key_value(query), "b m (three h c) -> three b h m c", three=3, c=self.head_width)
+        else:
+            q = rearrange(self.query(query), "b m (h c) -> b h m c", c=self.head_width)
+            k, v = rearrange(self.key_value(self.context_norm(context)), "b n (two h c) -> two b h n c", two=2, c=self.head_width)
         mask = None if context_mask is None else context_mask[:, None, None, :]
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.output(rearrange(attended, "b h m c -> b m (h c)"))
 
 
 class FeedForward(nn.Module):
-    """Pre-norm feed-forward with biases, residual left to the caller: (..., width) -> (..., width)."""
+    """Pre-norm feed-forward with biases and GELU, residual left to the caller.
 
-    MULTIPLE = 4
+    Args:
+        width: channels of input and output.
+        dropout: on the hidden channels.
+        output_gain: gain of the second layer's initialisation.
+    """
+
+    MULTIPLE = 4  # hidden channels per channel; the paper does not say, its sizes do
 
     def __init__(self, width: int, dropout: float = 0.0, output_gain: float = 1.0) -> None:
         super().__init__()
@@ -76,6 +93,7 @@ class FeedForward(nn.Module):
         init_linear(self.contract, self.output_gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same."""
         return self.contract(self.dropout(functional.gelu(self.expand(self.norm(x)))))
 
 

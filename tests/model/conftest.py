@@ -1,7 +1,10 @@
 """What the model's tests share: small networks and what they are told, and small real datasets (MDS shards with a manifest)."""
 
-from collections.abc import Callable
-from dataclasses import replace
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from model.data import schema
 from model.data.schema import Kind, Manifest, TextManifest
 from model.networks.conditioning import Conditioning
 from model.networks.fit.config import FITConfig
+from model.networks.unet.config import UNetConfig
 
+REPOSITORY = Path(__file__).parents[2]
 HEIGHT, WIDTH, TEXT_WIDTH, MAX_TOKENS = 6, 10, 4, 5
 
 # 4 frames of 8x12 pixels in 2x2 patches: 4x4x6 patches, in 4 groups of 4x2x3 that hold 2 latents each.
@@ -34,11 +39,30 @@ TINY = FITConfig(
     dropout=0.0,
 )
 
+# The same video; attention over 4x6 and 2x3 places. Of two channels to each of a norm's 32 groups: of one alone, no mean passes.
+TINY_UNET = UNetConfig(
+    size=(4, 8, 12),
+    base_width=64,
+    multipliers=(1, 2, 2),
+    residual_blocks=1,
+    attention_factors=(2, 4),
+    head_width=16,
+    conditioning_width=48,
+    text_width=6,
+    dropout=0.0,
+)
+
 
 @pytest.fixture
 def tiny() -> FITConfig:
     """A FIT of some thousand parameters."""
     return TINY
+
+
+@pytest.fixture
+def tiny_unet() -> UNetConfig:
+    """A U-Net of three levels, two of them with attention."""
+    return TINY_UNET
 
 
 @pytest.fixture
@@ -75,14 +99,15 @@ def stage(tiny: FITConfig) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def clips(conditioning: Callable[..., Conditioning]) -> Callable[[int], dict[str, Any]]:
-    """``clips(batch)``: what the model sees in training, for ``stage``'s models."""
+def clips(conditioning: Callable[..., Conditioning]) -> Callable[..., dict[str, Any]]:
+    """``clips(batch, seed=0)``: what the model sees in training, for ``stage``'s models; ``seed`` decides the noise alone."""
 
-    def build(batch: int) -> dict[str, Any]:
+    def build(batch: int, seed: int = 0) -> dict[str, Any]:
         told = conditioning(batch)
         names = ("text", "text_mask", "frame_rate", "resolution")
         video = torch.rand(batch, 4, 3, 6, 12, generator=torch.Generator().manual_seed(7)) * 2 - 1
-        return {"video": video, **{name: getattr(told, name) for name in names}}
+        seeds = [1000 * seed + row for row in range(batch)]
+        return {"video": video, "seed": seeds, **{name: getattr(told, name) for name in names}}
 
     return build
 
@@ -160,3 +185,127 @@ def config() -> Callable[..., Any]:
         return DataConfig(**{**defaults, "frame_rates": (24.0, 12.0, 8.0), "workers": 0, **given, **sources})
 
     return make
+
+
+RUN = """
+base: {repository}/yamls/demo/stage1.yaml
+name: tiny
+folder: {folder}
+model:
+  codec: {{height: 8, width: 16, pad_bottom: 0}}
+  network:
+    size: [4, 8, 16]
+    group: [4, 2, 2]
+    patch_width: 32
+    latent_tokens: 8
+    latent_width: 32
+    blocks: 2
+    global_layers: 1
+    patch_head_width: 16
+    latent_head_width: 16
+    conditioning_width: 32
+    text_width: 4
+    dropout: 0.1 # so that a resumed run must also take up the random state
+data: {{videos: {data}/videos, images: {data}/images, frames: 4, max_tokens: 5}}
+schedule: {{steps: {steps}, warmup: 3}}
+global_batch: 8
+checkpoints: {{every: {every}}}
+samples: null
+tracking: {{uri: 'sqlite:///{folder}/mlflow.db', artifacts: '{folder}/artifacts'}}
+publish: {{name: tiny, alias: newest}}
+"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A tiny run in a folder of its own, started as users start it. 5 batches make an epoch, so 7 steps end within one."""
+
+    folder: Path
+    data: Path
+    steps: int = 24
+    every: int = 7
+
+    def write_yaml(self) -> Path:
+        """The run's configuration."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        yaml = self.folder / "tiny.yaml"
+        values = {"repository": REPOSITORY, "folder": self.folder, "data": self.data, "steps": self.steps, "every": self.every}
+        yaml.write_text(RUN.format(**values))
+        return yaml
+
+    def start(self, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
+        """Start it under Composer's launcher, in a process group of its own."""
+        yaml = self.write_yaml()
+        launcher = Path(sys.executable).with_name("composer")
+        command = [str(launcher), "-n", str(processes), "model/train.py", str(yaml), *overrides]
+        with (self.folder / "log.txt").open("a") as log:
+            return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, text=True, start_new_session=True)
+
+    def finish(self, process: subprocess.Popen[str]) -> None:
+        """Wait for success."""
+        assert process.wait(timeout=240) == 0, self.log[-3000:]
+
+    def wait_for(self, process: subprocess.Popen[str], pattern: str) -> None:
+        """Wait until the folder of checkpoints holds what ``pattern`` matches."""
+        self.wait_until(process, lambda: bool(list((self.folder / "tiny" / "checkpoints").glob(pattern))))
+
+    def wait_until(self, process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+        """Wait for something that a run does before it ends."""
+        deadline = time.monotonic() + 200
+        while not happened():
+            assert process.poll() is None and time.monotonic() < deadline, self.log[-3000:]
+            time.sleep(0.005)
+
+    @property
+    def log(self) -> str:
+        """All that its processes have printed so far."""
+        return (self.folder / "log.txt").read_text(errors="replace")
+
+    @property
+    def folders(self) -> list[int]:
+        """Steps of the checkpoints, whole or not."""
+        return [int(folder.name.partition("-ba")[2]) for folder in (self.folder / "tiny" / "checkpoints").glob("ep*-ba*")]
+
+    @property
+    def whole(self) -> list[int]:
+        """Steps of the sealed checkpoints, in order."""
+        seals = (self.folder / "tiny" / "checkpoints").glob("ep*-ba*/whole.json")
+        return sorted(int(seal.parent.name.partition("-ba")[2]) for seal in seals)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What the finished run published."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "tiny" / f"model-step-{self.steps:07d}" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def run_data(tmp_path_factory: pytest.TempPathFactory, write_dataset: Callable[..., Path]) -> Path:
+    """Videos and images for ``training``."""
+    folder = tmp_path_factory.mktemp("shards")
+    for kind in ("videos", "images"):
+        write_dataset(folder / kind, kind, 20, size=(8, 16), frames=12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training(run_data: Path) -> Callable[..., Training]:
+    """``training(folder, steps=24, every=7)`` is a tiny run, named "tiny"."""
+
+    def build(folder: Path, **values: int) -> Training:
+        return Training(folder, run_data, **values)
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def _swept(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Remove what killed runs leave in shared memory: every loader that is built later would open, and keep open, each of it."""
+    yield
+    if "training" not in request.fixturenames:
+        return
+    data = str(request.getfixturevalue("run_data")).lstrip("/").encode()
+    for names in Path("/dev/shm").glob("*_locals"):
+        if data in names.read_bytes():
+            for left in names.parent.glob(f"{names.name.removesuffix('locals')}*"):
+                left.unlink(missing_ok=True)

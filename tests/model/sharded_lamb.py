@@ -1,12 +1,14 @@
-"""Run by test_lamb.py as one of two processes: LAMB on sharded parameters, printed as JSON by rank 0. Imports torch alone."""
+"""Run by test_lamb.py as one of some processes: LAMB on sharded parameters, printed as JSON by rank 0. Imports torch alone."""
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -20,7 +22,7 @@ CONFIG = LAMBConfig(lr=0.02, weight_decay=0.1)
 
 
 def network() -> nn.Module:
-    """Rows 7, 3 and 1 over two processes: uneven shards, and biases of which the second process holds nothing."""
+    """Rows 7, 3 and 1 over the processes: uneven shards, and biases of which some hold nothing."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 1))
     with torch.no_grad():
@@ -35,12 +37,13 @@ def gradients(step: int, layers: nn.Module) -> list[torch.Tensor]:
 
 
 def train(layers: nn.Module) -> list[int]:
-    """Four steps; the number of collectives of each."""
+    """Four steps in the layers' precision; the number of collectives of each."""
     optimizer = LAMB(layers.parameters(), CONFIG)
     collectives = []
     for step in range(STEPS):
         for p, gradient in zip(layers.parameters(), gradients(step, layers), strict=True):
             mesh = getattr(p, "device_mesh", None)
+            gradient = gradient.to(p.dtype)
             p.grad = gradient if mesh is None else distribute_tensor(gradient, mesh, p.placements)
         with CommDebugMode() as counted:
             optimizer.step()
@@ -48,31 +51,48 @@ def train(layers: nn.Module) -> list[int]:
     return collectives
 
 
+def train_sharded(layers: nn.Module, mesh: DeviceMesh) -> list[int]:
+    for layer in layers.children():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(layers, mesh=mesh)
+    return train(layers)
+
+
+def worst(found: nn.Module, expected: nn.Module) -> float:
+    """The largest relative distance of a whole parameter to the one that was never sharded."""
+    pairs = zip(found.parameters(), expected.parameters(), strict=True)
+    return max(float((p.full_tensor().double() - e.double()).norm() / e.double().norm()) for p, e in pairs)
+
+
 def main() -> None:
     distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
-    alone = network()
-    result = {"alone": train(alone)}
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    alone, alone_low = network().double(), network().bfloat16()
+    result: dict[str, Any] = {"alone": train(alone)}
+    train(alone_low)
+    names = ("replicate", "shard")
+    inner = 2 if world == 4 else world
     meshes = {
-        "sharded": init_device_mesh("cpu", (2,)),
-        "replicated": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")),
-        "hybrid": init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")),
+        "sharded": init_device_mesh("cpu", (world,)),
+        "replicated": init_device_mesh("cpu", (world, 1), mesh_dim_names=names),
+        "hybrid": init_device_mesh("cpu", (world // inner, inner), mesh_dim_names=names),
     }
     for name, mesh in meshes.items():
-        layers = network()
-        for layer in layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(layers, mesh=mesh)
-        local = [p.to_local().numel() for p in layers.parameters()]
-        collectives = train(layers)
-        whole = [p.full_tensor() for p in layers.parameters()]
-        worst = max(float(((a - b).norm() / b.norm()).detach()) for a, b in zip(whole, alone.parameters(), strict=True))
-        result[name] = {"collectives": collectives, "worst": worst, "local": local}
-    locals_of_ranks: list[object] = [None, None]
+        layers, low = network(), network().bfloat16()
+        collectives = train_sharded(layers, mesh)
+        train_sharded(low, mesh)
+        result[name] = {
+            "collectives": collectives,
+            "worst": worst(layers, alone),
+            "worst_low_precision": worst(low, alone_low),
+            "local": [p.to_local().numel() for p in layers.parameters()],
+        }
+    locals_of_ranks: list[object] = [None] * world
     distributed.all_gather_object(locals_of_ranks, {name: result[name]["local"] for name in meshes})
     if rank == 0:
-        print(json.dumps({**result, "locals": locals_of_ranks}))
-    distributed.destroy_process_group()
+        print(json.dumps({**result, "locals": locals_of_ranks}), flush=True)
+    distributed.barrier()
+    os._exit(0)  # gloo now and then never returns from destroying this many groups
 
 
 if __name__ == "__main__":

@@ -146,20 +146,27 @@ def test_stage_2_starts_from_stage_1_and_says_what_it_could_not_take(folder: Pat
     first = dict(denoiser.named_parameters())
     corruption = [name for name in before if "conditioning.corruption" in name]
     assert len(corruption) == 4
-    assert sorted(transfer.new) == sorted(
-        ["network.stem.weight", "network.position.frame", "network.position.place", *corruption]
-    )
+    assert transfer.new == corruption
+    assert transfer.adapted == ["network.stem.weight", "network.position.frame", "network.position.place"]
     assert transfer.unused == ["network.position.table"]
-    assert sorted(transfer.copied + transfer.new) == sorted(before)
+    assert sorted(transfer.copied + transfer.adapted + transfer.new) == sorted(before)
     for name, p in second.named_parameters():
-        assert torch.equal(p, first[name] if name in transfer.copied else before[name]), name
+        if name not in transfer.adapted:
+            assert torch.equal(p, first[name] if name in transfer.copied else before[name]), name
         assert p.requires_grad
+    said = str(transfer)
+    assert f"copied {len(transfer.copied)} weights; adapted network.stem.weight, network.position.frame" in said
+    assert "; new network.conditioning.corruption" in said
+    assert said.endswith("; unused network.position.table")
 
 
 def test_a_folder_without_weights_is_told(tmp_path: Path, denoiser: Denoiser) -> None:
     with pytest.raises(UserError, match="not a published model, model.safetensors is missing"):
         checkpoint.initialise_from(denoiser, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a published model, config.yaml is missing"):
+        checkpoint.initialise_from(denoiser, tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {}")
     with pytest.raises(UserError, match="model.safetensors"):
         checkpoint.initialise_from(denoiser, tmp_path)
 

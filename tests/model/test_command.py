@@ -9,7 +9,7 @@ import pytest
 
 from model import command
 from model.command import Flag
-from model.config import UserError
+from model.config import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,16 @@ def test_debug_shows_where(path: str, capsys) -> None:
     assert "Traceback (most recent call last)" in told
     assert "in fail" in told
     assert told.endswith("error: no such folder: x\n")
+
+
+def test_work_that_cannot_go_on_is_one_line_and_exit_code_1(path: str, capsys) -> None:
+    def stop(options: Options) -> None:
+        raise RunError("step 3 stopped: the loss is nan")
+
+    with pytest.raises(SystemExit) as caught:
+        command.run(Options, stop, "Does.", [path])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: step 3 stopped: the loss is nan\n"
 
 
 def test_other_errors_are_not_hidden(path: str) -> None:

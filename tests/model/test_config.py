@@ -124,6 +124,28 @@ def test_a_circle_of_bases_is_refused(write) -> None:
     assert "its bases form a circle" in refused(write("base: self.yaml", "self.yaml"))
 
 
+def test_another_kind_takes_the_place_of_the_bases(write) -> None:
+    write("{name: x, branch: {leaf: {kind: leaf, rate: 0.5}}, either: {kind: leaf, rate: 0.25}}", "base.yaml")
+    path = write("{base: base.yaml, either: {kind: needle, length: 5}}")
+    tree = config.load(Tree, path)
+    assert tree.either == Needle(length=5)  # the rate, which a needle does not have, is gone
+    assert tree.branch.leaf == Leaf(0.5)
+    assert config.load(Tree, write("{base: base.yaml, either: {kind: leaf}}", "same.yaml")).either == Leaf(0.25)
+    assert config.load(Tree, write("{base: base.yaml, steps: 3}", "silent.yaml")).either == Leaf(0.25)
+    assert config.load(Tree, path, ["either.kind=leaf", "either.rate=2"]).either == Leaf(2.0)
+    write("{name: x, steps: 3, either: {kind: leaf, rate: '${steps}'}}", "reference.yaml")
+    assert config.load(Tree, write("{base: reference.yaml, steps: 4}", "referring.yaml")).either == Leaf(4.0)
+
+
+@pytest.mark.parametrize(
+    ("either", "got"),
+    [("{length: 4}", "it is missing"), ("{}", "it is missing"), ("{kind: nedle}", "got 'nedle'"), ("{kind: 3}", "got 3")],
+)
+def test_a_kind_that_is_missing_or_unknown_is_told_with_those_there_are(write, either: str, got: str) -> None:
+    told = refused(write(f"{{name: x, either: {either}}}"))
+    assert told.endswith(f"either.kind must be one of leaf, needle; {got}")
+
+
 def test_overrides_win_over_the_file(write) -> None:
     path = write("{name: x, steps: 1, spare: {rate: 3}, note: n, leaves: [{rate: 1}]}")
     overrides = [

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model import optimizers
 from model.codec import PixelCodecConfig
-from model.denoiser import Denoiser, LossTerms, ModelConfig, UpsamplerConfig
+from model.denoiser import Denoiser, ModelConfig, UpsamplerConfig
 from model.diffusion.edm import DiffusionConfig
-from model.networks.fit.network import FITOutput
+from model.networks.network import NetworkOutput
+from model.optimizers import AdamConfig
 
 
 class Listening(nn.Module):
@@ -24,10 +26,12 @@ class Listening(nn.Module):
         self.calls: list[dict[str, Any]] = []
         self.noise = torch.zeros(())  # added to the network's output
 
-    def forward(self, video: Tensor, conditioning: Any, latents: Tensor | None = None, latents_only: bool = False) -> FITOutput:
+    def forward(
+        self, video: Tensor, conditioning: Any, latents: Tensor | None = None, latents_only: bool = False
+    ) -> NetworkOutput:
         output = self.network(video, conditioning, latents, latents_only)
         if output.video is not None:
-            output = FITOutput(output.video + self.noise, output.latents)
+            output = NetworkOutput(output.video + self.noise, output.latents)
         call = {"input": video, "conditioning": conditioning, "latents": latents, "latents_only": latents_only}
         self.calls.append({**call, "output": output, "grad": torch.is_grad_enabled()})
         return output
@@ -41,18 +45,13 @@ def build(config: ModelConfig) -> tuple[Denoiser, Listening]:
     return denoiser, denoiser.network
 
 
-def seeded(denoiser: Denoiser, batch: dict[str, Any], seed: int = 3) -> LossTerms:
-    torch.manual_seed(seed)
-    return denoiser(batch)
-
-
 @pytest.mark.parametrize(
     "diffusion", [DiffusionConfig(), DiffusionConfig(sigma_in=32.0), DiffusionConfig(sigma_in=4.0, sigma_data=0.5)]
 )
 def test_the_loss_is_equation_3(stage, clips, diffusion: DiffusionConfig) -> None:
     denoiser, network = build(stage(diffusion=diffusion))
     batch = clips(4)
-    terms = seeded(denoiser, batch)
+    terms = denoiser(batch)
     # From what the network saw and said, in the form lambda |D - x|^2 of Table 1, on the media's pixels alone.
     s, s_d, s_i = terms.sigma.double()[:, None, None, None, None], diffusion.sigma_data, diffusion.sigma_in
     x_sigma = network.calls[-1]["input"].double() * (s_d**2 / s_i**2 + s**2).sqrt()
@@ -74,14 +73,14 @@ def test_the_loss_is_equation_3(stage, clips, diffusion: DiffusionConfig) -> Non
 def test_padding_is_out_of_the_loss(stage, clips) -> None:
     denoiser, network = build(stage())
     batch = clips(4)
-    before = seeded(denoiser, batch).loss
+    before = denoiser(batch).loss
     garbage = 100 * torch.randn(4, 4, 3, 8, 12)
     garbage[..., :6, :] = 0
     network.noise = garbage
-    assert torch.equal(seeded(denoiser, batch).loss, before)
+    assert torch.equal(denoiser(batch).loss, before)
     network.noise = torch.zeros_like(garbage)
     network.noise[2, 1, 0, 5, 11] = 1.0  # the last pixel of the media
-    assert (seeded(denoiser, batch).loss != before).tolist() == [False, False, True, False]
+    assert (denoiser(batch).loss != before).tolist() == [False, False, True, False]
 
 
 def test_d_is_the_preconditioned_output_and_zero_in_padding(stage, conditioning) -> None:
@@ -105,22 +104,22 @@ def test_dropped_text_has_no_influence_and_kept_text_has(stage, clips) -> None:
     batch = clips(4)
     other = {**batch, "text": torch.randn(4, 5, 6), "text_mask": torch.ones(4, 5, dtype=torch.bool)}
     dropping, _ = build(stage(text_dropout=1.0))
-    assert torch.equal(seeded(dropping, other).loss, seeded(dropping, batch).loss)
+    assert torch.equal(dropping(other).loss, dropping(batch).loss)
     keeping, _ = build(stage(text_dropout=0.0))
-    assert (seeded(keeping, other).loss != seeded(keeping, batch).loss).all()
+    assert (keeping(other).loss != keeping(batch).loss).all()
 
 
 def test_text_is_dropped_for_the_configured_share_of_samples(stage, clips) -> None:
     denoiser, network = build(stage(text_dropout=0.25, self_conditioning=0.0))
     for seed in range(8):
-        seeded(denoiser, clips(32), seed)
+        denoiser(clips(32, seed))
     dropped = [~call["conditioning"].text_mask.any(1) for call in network.calls]
     assert float(torch.cat(dropped).float().mean()) == pytest.approx(0.25, abs=0.08)  # 3 sigma of 256 draws
 
 
 def test_self_conditioning_starts_from_the_latents_of_a_first_pass(stage, clips) -> None:
     denoiser, network = build(stage(self_conditioning=1.0))
-    seeded(denoiser, clips(4)).loss.sum().backward()
+    denoiser(clips(4)).loss.sum().backward()
     first, second = network.calls
     assert (first["latents_only"], first["grad"], first["latents"]) == (True, False, None)
     assert (second["latents_only"], second["grad"]) == (False, True)
@@ -134,7 +133,7 @@ def test_self_conditioning_starts_from_the_latents_of_a_first_pass(stage, clips)
 def test_self_conditioning_is_chosen_by_sample(stage, clips, share: float) -> None:
     denoiser, network = build(stage(self_conditioning=share))
     for seed in range(8):
-        seeded(denoiser, clips(32), seed)
+        denoiser(clips(32, seed))
     if share == 0:
         assert [call["latents"] for call in network.calls] == [None] * 8  # and no first pass
         return
@@ -151,6 +150,28 @@ def test_all_weights_are_the_networks(stage) -> None:
     denoiser = Denoiser(stage(), "meta")
     assert {name.split(".")[0] for name, _ in denoiser.named_parameters()} == {"network"}
     assert {p.device.type for p in denoiser.parameters()} == {"meta"}
+
+
+def test_a_u_net_trains_by_adam_and_samples(stage, clips, conditioning, tiny_unet) -> None:
+    denoiser = Denoiser(stage(network=tiny_unet, self_conditioning=0.0))
+    optimizer = optimizers.build(denoiser.parameters(), AdamConfig(lr=1e-2))
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        terms = denoiser(clips(4))
+        denoiser.loss(terms, clips(4)).backward()
+        optimizer.step()
+        losses.append(float(terms.loss.mean()))
+    assert losses[-1] < losses[0]
+    assert all(p.isfinite().all() for p in denoiser.parameters())
+    estimate, latents = denoiser.denoise(torch.randn(3, 4, 3, 8, 12), torch.tensor([0.01, 1.0, 60.0]), conditioning(3), None)
+    assert estimate.shape == (3, 4, 3, 8, 12) and estimate.isfinite().all()
+    assert latents is None
+
+
+def test_a_u_net_cannot_be_self_conditioned(stage, tiny_unet) -> None:
+    with pytest.raises(ValueError, match="^self_conditioning must be 0 for a unet, which has no latents to carry"):
+        stage(network=tiny_unet)
 
 
 UP = UpsamplerConfig(factor=2, max_corruption=0.5)
@@ -189,7 +210,7 @@ def test_bringing_to_size_interpolates_between_centres(stage) -> None:
 def test_an_upsampler_trains_on_its_own_clip_averaged_down_and_corrupted(stage, clips) -> None:
     batch = clips(32)
     denoiser, network = build(stage(upsampler=replace(UP, max_corruption=0.0)))
-    seeded(denoiser, batch)
+    denoiser(batch)
     told = network.calls[-1]["conditioning"]
     assert not told.corruption.any()
     small = batch["video"].unflatten(-1, (6, 2)).unflatten(-3, (3, 2)).mean(dim=(-3, -1))
@@ -197,7 +218,7 @@ def test_an_upsampler_trains_on_its_own_clip_averaged_down_and_corrupted(stage, 
     torch.testing.assert_close(told.low_resolution, expected)
 
     denoiser, network = build(stage(upsampler=UP))
-    seeded(denoiser, batch)
+    denoiser(batch)
     told = network.calls[-1]["conditioning"]
     assert 0 <= told.corruption.min() < 0.1
     assert 0.4 < told.corruption.max() <= 0.5
@@ -229,3 +250,37 @@ def test_stages_that_do_not_fit_together_are_named(stage, changes: dict[str, Any
 def test_impossible_upsamplers_are_named(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must"):
         UpsamplerConfig(**options)
+
+
+def test_an_image_with_its_own_scale_is_one_frame_to_the_network(stage, clips) -> None:
+    denoiser, network = build(stage(diffusion=DiffusionConfig(sigma_in=4.0, image_sigma_in=1.0)))
+    batch = clips(4)
+    images = torch.isinf(batch["frame_rate"])
+    assert images.any() and not images.all()
+    batch["video"] = batch["video"][:, :1].expand_as(batch["video"])
+    denoiser(batch)
+    seen = network.calls[-1]["input"]
+    same = (seen == seen[:, :1]).flatten(1).all(dim=1)
+    assert same.tolist() == images.tolist()
+
+
+def test_values_that_are_not_finite_are_refused_by_name(stage, clips) -> None:
+    denoiser, _ = build(stage())
+    for name in ("video", "text"):
+        batch = clips(2)
+        batch[name] = batch[name].clone()
+        batch[name][1, 0, 0] = math.nan
+        with pytest.raises(ValueError, match=rf"^{name} must be finite, got nan at \(1, 0, 0"):
+            denoiser(batch)
+
+
+def test_a_sample_has_the_same_loss_in_any_batch(stage, clips) -> None:
+    """However samples are spread over processes and microbatches, each meets the same noise and the same fate."""
+    denoiser = Denoiser(stage(upsampler=UpsamplerConfig(factor=2)))
+    nn.init.normal_(denoiser.network.self_conditioning_norm.weight)
+    batch = clips(6)
+    whole = denoiser(batch)
+    for rows in (slice(0, 4), slice(4, 6)):
+        part = denoiser({name: values[rows] for name, values in batch.items()})
+        torch.testing.assert_close(part.loss, whole.loss[rows], rtol=1e-5, atol=0)
+        assert torch.equal(part.sigma, whole.sigma[rows])

@@ -1,10 +1,14 @@
 """The moving average in closed form."""
 
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from model.ema import EMA, EMAConfig
@@ -83,6 +87,40 @@ def test_the_ramp_forgets_the_start() -> None:
     assert EMAConfig(half_life=6000, ramp=0.05).decay(1200) == 0.5 ** (1 / 60)
 
 
+def test_averages_of_several_half_lives_stand_side_by_side() -> None:
+    config = EMAConfig(half_life=10, others=(3, 40))
+    model = constant(0.0)
+    together = started(config, model)
+    apart = {half_life: started(EMAConfig(half_life=half_life), model) for half_life in (10.0, 3.0, 40.0)}
+    for step in range(1, 400):
+        fill(model, float(step % 7))
+        for ema in (together, *apart.values()):
+            ema.batch_end(at(model, step), None)
+    assert together.others.keys() == {3, 40}
+    for half_life, alone in apart.items():
+        found = together.weights if half_life == 10 else together.others[half_life]
+        assert all(torch.equal(found[name], weight) for name, weight in alone.weights.items())
+    with together.swapped(model, 40):
+        assert all(torch.equal(p, apart[40].weights[name]) for name, p in model.named_parameters())
+    assert all(float(p.flatten()[0]) == 399 % 7 for p in model.parameters())
+    # All of them go through a checkpoint.
+    resumed = started(config, constant(9.0))
+    resumed.load_state_dict(together.state_dict())
+    for half_life, weights in together.others.items():
+        assert all(torch.equal(resumed.others[half_life][name], weight) for name, weight in weights.items())
+
+
+def test_a_step_that_was_kept_from_the_weights_is_kept_from_the_average() -> None:
+    model = constant(1.0)
+    ema = started(EMAConfig(half_life=1, others=(2,)), model)
+    fill(model, 5.0)
+    ema.rest = True
+    ema.batch_end(at(model, 1000), None)
+    assert values(ema) == [1.0] * 8 and float(ema.others[2]["bias"][0]) == 1.0
+    ema.batch_end(at(model, 1001), None)
+    assert values(ema) == [3.0] * 8
+
+
 def bits(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone().view(torch.int32) for p in model.parameters()]
 
@@ -136,6 +174,44 @@ def test_a_new_run_starts_from_the_weights_it_was_given() -> None:
     assert values(ema) == [2.0] * 8
     fill(model, 3.0)
     assert values(ema) == [2.0] * 8  # copies
+
+
+@pytest.mark.slow
+def test_averages_go_on_at_another_number_of_processes_with_recomputation(tmp_path: Path, training: Any) -> None:
+    options = (
+        "model.network.dropout=0",  # whose random numbers are each process's own
+        "ema={half_life: 20, ramp: 10, others: [3, 100]}",
+        "evaluation={every: 100, videos: 3, images: 2, bands: [0.3], batch: 5}",
+    )
+
+    def evaluated(run: Any) -> dict[str, float]:
+        client = MlflowClient(f"sqlite:///{run.folder}/mlflow.db")
+        metrics = client.get_run(client.get_model_version_by_alias("tiny", "newest").run_id).data.metrics
+        return {name: value for name, value in metrics.items() if name.startswith("eval/")}
+
+    whole, cut = training(tmp_path / "whole"), training(tmp_path / "cut")
+    whole.finish(whole.start(*options))
+    process = cut.start(*options)
+    cut.wait_for(process, "ep*-ba14/whole.json")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list((cut.folder / "tiny").glob("model-step-*")), "it had finished before it was killed: nothing was shown"
+    cut.finish(cut.start(*options, "model.network.checkpoint_blocks=true", processes=1))
+
+    expected, found = whole.weights(), cut.weights()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert float((found[name] - weight).norm() / weight.norm().clamp(min=1e-12)) < 1e-5, name
+    losses = evaluated(whole)
+    assert {name.split("/")[1] for name in losses} == {"loss", "ema_3", "ema_100"}
+    assert len({losses[f"{where}/videos/total"] for where in ("eval/loss", "eval/ema_3/loss", "eval/ema_100/loss")}) == 3
+    assert evaluated(cut) == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("others", [(0.0,), (5.0, 5.0), (6000.0,)])
+def test_half_lives_beside_the_first_differ(others: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="others must be positive and differ"):
+        EMAConfig(others=others)
 
 
 @pytest.mark.parametrize("options", [{"half_life": 0.0}, {"ramp": -1.0}])

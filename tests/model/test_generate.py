@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.denoiser import Denoiser, ModelConfig, UpsamplerConfig
 from model.diffusion import edm, sampler
-from model.diffusion.sampler import SamplerConfig
+from model.diffusion.sampler import ChurnConfig, OscillationConfig, SamplerConfig
 from model.generate import GuidedDenoiser, Request, draw, generate
 
 SAMPLER = SamplerConfig(steps=3, guidance=3.0)
@@ -136,19 +136,43 @@ def test_sampling_neither_trains_nor_drops_out_and_leaves_the_mode(stage, reques
     assert not calm.requires_grad
 
 
-def test_a_perfect_network_gives_back_the_truth(stage, request_for) -> None:
+@pytest.mark.parametrize("framework", ["snap_video", "edm"])
+@pytest.mark.parametrize("image_sigma_in", [None, 1.0])
+def test_a_perfect_network_gives_back_the_truth(stage, request_for, framework: Any, image_sigma_in: float | None) -> None:
     """With F = c_nrm v for one known video, sampling must end there whatever the noise."""
-    config = stage(diffusion=edm.DiffusionConfig(sigma_in=4.0))
-    denoiser = build(config)
+    diffusion = edm.DiffusionConfig(framework, sigma_in=4.0, image_sigma_in=image_sigma_in)
+    denoiser = build(stage(diffusion=diffusion))
     truth = denoiser.codec.encode(torch.rand(1, 4, 3, 6, 12) * 1.8 - 0.9)
 
     class Oracle(nn.Module):
         def forward(self, network_input: Tensor, told: Any, latents: Tensor | None = None) -> tuple[Tensor, Tensor]:
             sigma = (4 * told.c_noise).exp()
-            x_sigma = network_input / edm.c_in(edm.expand(sigma, network_input), 1.0, 4.0)
-            eps = (x_sigma - truth / 4) / edm.expand(sigma, x_sigma)
-            return edm.network_target(truth, eps, sigma, config.diffusion), torch.zeros(len(x_sigma), 1)
+            process = edm.process(diffusion, told.is_image)
+            x_sigma = network_input / process.scale_input(torch.ones_like(network_input), sigma)
+            eps = (x_sigma - process.add_noise(truth, torch.zeros_like(x_sigma), sigma)) / edm.expand(sigma, x_sigma)
+            return process.network_target(truth, eps, sigma), torch.zeros(len(x_sigma), 1)
 
     denoiser.network = Oracle()
-    sample = generate(denoiser, request_for(slice(0, 1), [1]), SamplerConfig(steps=8, guidance=3.0))
-    torch.testing.assert_close(sample, truth[..., :6, :], rtol=0, atol=1e-3)
+    request = request_for(slice(0, 2), [1, 2])  # a video and an image
+    sample = generate(denoiser, request, SamplerConfig(steps=8, guidance=3.0))
+    torch.testing.assert_close(sample, truth[..., :6, :].expand_as(sample), rtol=0, atol=1e-3)
+
+
+def test_churn_draws_from_each_clips_own_seed(stage, request_for) -> None:
+    denoiser, config = build(stage()), replace(SAMPLER, churn=ChurnConfig(2.0))
+    whole = generate(denoiser, request_for(slice(0, 2), [1, 2]), config)
+    alone = generate(denoiser, request_for(slice(1, 2), [2]), config)
+    torch.testing.assert_close(whole[1:], alone, rtol=0, atol=2e-4)
+    assert (whole - generate(denoiser, request_for(slice(0, 2), [1, 2]), SAMPLER)).abs().max() > 1e-3
+
+
+def test_oscillating_guidance_takes_each_levels_weight(stage, conditioning) -> None:
+    denoiser, told = build(stage()), conditioning(2)
+    config = SamplerConfig(steps=4, guidance=5.0, oscillation=OscillationConfig(low=2.0, constant=1), threshold_quantile=0.0)
+    levels = sampler.noise_levels(config)
+    x = torch.randn(2, 4, 3, 8, 12)
+    for level, weight in zip(levels[:-1].tolist(), (5.0, 5.0, 2.0, 5.0), strict=True):
+        plain = GuidedDenoiser(denoiser, told, replace(config, oscillation=None, guidance=weight))
+        sigma = torch.full((2,), level)
+        with torch.no_grad():
+            torch.testing.assert_close(GuidedDenoiser(denoiser, told, config)(x, sigma), plain(x, sigma))

@@ -50,7 +50,7 @@ def test_the_experiment_is_created_once_with_its_artefacts_where_configured(trac
 
 def test_publish_alias_fetch(tracking: TrackingConfig, run_id: str, tmp_path: Path) -> None:
     one = artefact(tmp_path / "model-step-1", "one")
-    version = registry.publish(one, tracking, PUBLISH, run_id, {"step": "1", "data": "d"})
+    version = registry.publish(one, tracking, PUBLISH, run_id, {"step": "1", "data": "d"}).version
     fetched = registry.fetch("models:/snap-stage1@newest", tracking.uri)
     assert (fetched / "model.safetensors").read_text() == "one"
     assert (fetched / "more" / "config.yaml").read_text() == "a: 1"
@@ -58,18 +58,18 @@ def test_publish_alias_fetch(tracking: TrackingConfig, run_id: str, tmp_path: Pa
     assert (stored.tags, stored.run_id) == ({"step": "1", "data": "d"}, run_id)
 
     # The same again, as when a finished run is started again: one version.
-    assert registry.publish(one, tracking, PUBLISH, run_id, {"step": "1", "data": "d"}) == version
+    assert registry.publish(one, tracking, PUBLISH, run_id, {"step": "1", "data": "d"}).version == version
     assert versions(tracking, "snap-stage1") == [version]
 
     # A later step: another version, to which the alias moves; the first stays.
     two = artefact(tmp_path / "model-step-2", "two")
-    later = registry.publish(two, tracking, PUBLISH, run_id, {"step": "2", "data": "d"})
+    later = registry.publish(two, tracking, PUBLISH, run_id, {"step": "2", "data": "d"}).version
     assert versions(tracking, "snap-stage1") == [version, later]
     assert (registry.fetch("models:/snap-stage1@newest", tracking.uri) / "model.safetensors").read_text() == "two"
     assert (registry.fetch(f"models:/snap-stage1/{version}", tracking.uri) / "model.safetensors").read_text() == "one"
 
     # Published again, the first takes the alias back.
-    assert registry.publish(one, tracking, PUBLISH, run_id, {"step": "1", "data": "d"}) == version
+    assert registry.publish(one, tracking, PUBLISH, run_id, {"step": "1", "data": "d"}).version == version
     assert (registry.fetch("models:/snap-stage1@newest", tracking.uri) / "model.safetensors").read_text() == "one"
 
     # Another alias of the same model.
@@ -88,6 +88,28 @@ def test_another_run_publishes_its_own_version(tracking: TrackingConfig, tmp_pat
     assert (registry.fetch("models:/twice@newest", tracking.uri) / "model.safetensors").read_text() == "2"
 
 
+def test_the_gate_moves_the_alias_only_to_what_beats_its_holder(tracking: TrackingConfig, run_id: str, tmp_path: Path) -> None:
+    config = PublishConfig("gated", "production", gate=("eval/loss/videos/total", "eval/loss/images/total"))
+
+    def publish(step: int, videos: float | None, images: float, gate: PublishConfig = config) -> registry.Publication:
+        metrics = {"eval/loss/images/total": images} | ({} if videos is None else {"eval/loss/videos/total": videos})
+        folder = tmp_path / f"model-step-{step}"
+        if not folder.exists():
+            artefact(folder, str(step))
+        return registry.publish(folder, tracking, gate, run_id, {"step": str(step)}, metrics)
+
+    def held() -> str:
+        return (registry.fetch("models:/gated@production", tracking.uri) / "model.safetensors").read_text()
+
+    assert publish(1, 0.5, 0.4).refused == "" and held() == "1"  # nobody held it
+    worse = publish(2, 0.4, 0.4)
+    assert worse.refused == "eval/loss/images/total is 0.4, and 0.4 in version 1, which holds it" and held() == "1"
+    assert publish(3, 0.4, 0.3).refused == "" and held() == "3"
+    assert publish(4, None, 0.1).refused == "version 4 has no eval/loss/videos/total" and held() == "3"
+    assert publish(3, 0.4, 0.3).refused == "" and held() == "3"  # started again
+    assert publish(5, 9.0, 9.0, PublishConfig("gated", "production")).refused == "" and held() == "5"  # forced
+
+
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert registry.fetch(str(tmp_path), "sqlite:////nowhere/mlflow.db") == tmp_path
 
@@ -95,7 +117,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("models:/no-such-model@newest", "no-such-model"),
+        ("models:/no-such-model@newest", "Registered Model with name=no-such-model not found"),
         ("models:/known@no-such-alias", "no-such-alias"),
         ("models:/known/77", "77"),
         ("models:/known/one", "one"),
@@ -154,6 +176,6 @@ def test_names_that_no_uri_can_hold_are_refused_before_training(name: str) -> No
 
 
 def test_a_run_is_marked_failed(tracking: TrackingConfig, run_id: str) -> None:
-    registry.mark_failed(tracking, run_id)
+    registry.mark(tracking, run_id, "FAILED")
     assert MlflowClient(tracking.uri).get_run(run_id).info.status == "FAILED"
-    registry.mark_failed(tracking, None)
+    registry.mark(tracking, None, "FAILED")

@@ -1,15 +1,17 @@
 """The demo on own data: every stage is the real command."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dataprep import scene_files
 from model import command, media
 from model.config import UserError
-from pipelines.demo import DemoConfig, demo
+from pipelines.demo import DemoConfig, Progress, Stage, demo
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = ["schedule.steps=6", "schedule.warmup=1", "checkpoints.every=3", "samples.every=6", "samples.sampler.steps=2"]
@@ -56,3 +58,49 @@ def test_a_stage_that_fails_ends_the_demo(tmp_path: Path) -> None:
     (tmp_path / "data" / "readme.md").write_text("no media")
     with pytest.raises(UserError, match="stopped at"):
         demo(DemoConfig(str(tmp_path / "data"), str(tmp_path / "demo")))
+
+
+def test_overrides_that_training_would_refuse_are_told_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key 'schedule.step'; did you mean 'schedule.steps'"):
+        demo(DemoConfig(prompts=("a circle",), folder=str(tmp_path / "demo"), overrides=("schedule.step=5",)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_run_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+        DemoConfig(prompts=("a circle",), processes=0)
+    with pytest.raises(ValueError, match="prompts must name at least one"):
+        DemoConfig(prompts=(" ",))
+
+
+def test_a_changed_stage_runs_again_with_all_that_follow_it(tmp_path: Path) -> None:
+    script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+
+    def stages(first: str) -> str:
+        progress = Progress(tmp_path, 2)
+        for word in (first, "b"):
+            progress.run(Stage(word, (sys.executable, "-c", script, str(tmp_path / "ran"), word)))
+        return (tmp_path / "ran").read_text()
+
+    assert stages("a") == "ab"
+    assert stages("a") == "ab"
+    assert stages("c") == "abcb"
+    assert stages("a") == "abcbab"  # what lies in the folder is the last one's work
+
+
+def test_two_demos_do_not_share_a_folder_and_sigterm_ends_what_runs(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pipelines.demo", "yamls/demo/demo.yaml", f"folder={tmp_path}/demo"]
+    first = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert first.stdout is not None
+        assert "make sample media" in first.stdout.readline()
+        second = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        assert second.returncode == 2
+        assert second.stderr.strip() == f"error: another demo is at work in {tmp_path}/demo; wait for it, or name another folder"
+        stages = psutil.Process(first.pid).children(recursive=True)
+        assert stages
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(timeout=60) == command.EXIT_INTERRUPTED
+        assert not psutil.wait_procs(stages, timeout=10)[1]
+    finally:
+        first.kill()

@@ -1,12 +1,14 @@
 """FIT's configuration: the columns of Table 8."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
 class FITConfig:
     """Far-reaching Interleaved Transformer. Defaults are FIT 500M's; sizes are (frames, height, width)."""
+
+    carries_latents: ClassVar[bool] = True  # from one evaluation to the next: self-conditioning
 
     kind: Literal["fit"] = "fit"
     size: tuple[int, int, int] = (16, 40, 64)  # the padded video

@@ -1,6 +1,7 @@
 """FIT as Snap Video uses it (paper section 3.4, Figure 3b, appendix A). Imports torch and einops alone.
 
-Legend: B batch, G groups, N patch tokens per group, M latent tokens per group, P patch width, Z latent width.
+Legend: B batch, G groups, N patch tokens per group, M latent tokens per group, P patch width, Z latent width,
+S conditioning tokens, E their width.
 
 A few latent tokens read from many patch tokens, compute, and write back, block after block. Reads and writes stay within a group
 of patches that spans all frames; the latents are divided among the groups, and global layers over all latents mix them.
@@ -11,27 +12,21 @@ usual 0.02 neither the reads nor the writes can tell places apart at first; the 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.networks.conditioning import Conditioning, ConditioningTokens
+from model.networks.fit import transfer
 from model.networks.fit.config import FITConfig
 from model.networks.layers import Attention, FeedForward, init_linear
-
-
-class FITOutput(NamedTuple):  # a tuple, because FSDP looks for tensors in tuples
-    """What a forward pass returns."""
-
-    video: Tensor | None  # (B, T, C, H, W), None where only the latents were asked for
-    latents: Tensor  # (B, G M, Z), for self-conditioning
+from model.networks.network import Block, Network, NetworkOutput, check_inputs
 
 
 class GlobalLayer(nn.Module):
-    """Self-attention over all latents, then a feed-forward; the only place with dropout."""
+    """Self-attention over all latents, then a feed-forward; the only place with dropout (appendix B)."""
 
     def __init__(self, config: FITConfig, gain: float) -> None:
         super().__init__()
@@ -39,18 +34,18 @@ class GlobalLayer(nn.Module):
         self.feed_forward = FeedForward(config.latent_width, config.dropout, gain)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """(B, G M, Z) -> the same."""
         latents = latents + self.attention(latents)
         return latents + self.feed_forward(latents)
 
 
-class FITBlock(nn.Module):
+class FITBlock(Block):
     """Latents read the conditioning, then their group's patches; global layers; patches read back from latents (the write)."""
 
     def __init__(self, config: FITConfig) -> None:
-        super().__init__()
+        super().__init__(recompute=config.checkpoint_blocks)
         c = config
         self.groups = c.groups
-        self.checkpoint = c.checkpoint_blocks
         latent_gain = 1 / math.sqrt(c.blocks * (4 + 2 * c.global_layers))
         patch_gain = 1 / math.sqrt(2 * c.blocks)
         self.read_conditioning = Attention(c.latent_width, c.conditioning_width, c.latent_head_width, latent_gain)
@@ -61,14 +56,19 @@ class FITBlock(nn.Module):
         self.write = Attention(c.patch_width, c.latent_width, c.patch_head_width, patch_gain)
         self.write_feed_forward = FeedForward(c.patch_width, output_gain=patch_gain)
 
-    def forward(self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, write: bool) -> tuple[Tensor, Tensor]:
-        """``patches`` (B G, N, P) and ``latents`` (B, G M, Z) -> the same; ``write`` False leaves the patches as they are."""
-        # Inside the block, not around it: under FSDP the recomputation then finds the block's weights gathered already.
-        if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._compute, patches, latents, tokens, mask, write, use_reentrant=False)
-        return self._compute(patches, latents, tokens, mask, write)
+    def compute(self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+        """One block of Figure 3b.
 
-    def _compute(self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+        Args:
+            patches: (B G, N, P).
+            latents: (B, G M, Z).
+            tokens: (B, S, E), the conditioning.
+            mask: (B, S), True where a token may be read.
+            write: False leaves the patches as they are.
+
+        Returns:
+            Patches and latents, in the same shapes.
+        """
         latents = latents + self.read_conditioning(latents, tokens, mask)
         latents = latents + self.conditioning_feed_forward(latents)
         grouped = rearrange(latents, "b (g m) z -> (b g) m z", g=self.groups)
@@ -85,7 +85,7 @@ class FITBlock(nn.Module):
 
 
 class PatchPosition(nn.Module):
-    """Learned position of each patch: (t h w, P) in reading order, before grouping."""
+    """Learned position of each patch (Table 8), in reading order, before grouping; t h w is the grid of patches."""
 
     def __init__(self, config: FITConfig) -> None:
         super().__init__()
@@ -103,11 +103,12 @@ class PatchPosition(nn.Module):
             nn.init.normal_(part, std=1 / math.sqrt(len(parts)))
 
     def forward(self) -> Tensor:
+        """Return (t h w, P)."""
         return (self.frame + self.place).flatten(0, 1) if self.factorised else self.table
 
 
-class FIT(nn.Module):
-    """The network F: noisy video and conditioning -> normalised target, with latents to carry on.
+class FIT(Network):
+    """FIT, with latents to carry on.
 
     Raises:
         ValueError: an input of another size, or text or latents of another width, than configured, or an upsampler without its
@@ -137,23 +138,19 @@ class FIT(nn.Module):
         # Not zero: LAMB's step is relative to a weight's norm, so a weight that starts at zero grows slowly.
         init_linear(self.head, gain=0.2)
 
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """The sharding rule, as Composer asks for it: each block is gathered on its own."""
-        return isinstance(module, FITBlock)
+    def adapt(self, weights: Mapping[str, Tensor], source: FITConfig) -> dict[str, Tensor]:
+        """Input stem and positions from another FIT's (model/networks/fit/transfer.py)."""
+        return transfer.adapt(weights, source, self.config)
 
     def forward(
         self, video: Tensor, conditioning: Conditioning, latents: Tensor | None = None, latents_only: bool = False
-    ) -> FITOutput:
-        """One evaluation.
-
-        Args:
-            video: (B, T, C, H, W), ``c_in * x_sigma``.
-            conditioning: what else the network is told.
-            latents: (B, G M, Z) of the previous evaluation; None (the first one) counts as zeros.
-            latents_only: skip the last write and the head, for the pass that only prepares the latents.
-        """
-        self._check(video, conditioning, latents)
+    ) -> NetworkOutput:
+        """One evaluation; ``latents`` are (B, G M, Z)."""
         c = self.config
+        check_inputs(video, conditioning, c)
+        if latents is not None and tuple(latents.shape[1:]) != (c.latent_tokens, c.latent_width):
+            built = (c.latent_tokens, c.latent_width)
+            raise ValueError(f"latents: (tokens, width) is {tuple(latents.shape[1:])}, the network is built for {built}")
         tokens, mask = self.conditioning(conditioning)
         if conditioning.low_resolution is not None:
             video = torch.cat([video, conditioning.low_resolution.to(video.dtype)], dim=2)
@@ -166,8 +163,8 @@ class FIT(nn.Module):
             write = not (latents_only and number == c.blocks - 1)
             patches, state = block(patches, state, tokens, mask, write)
         if latents_only:
-            return FITOutput(None, state)
-        return FITOutput(self._to_video(self.head(self.head_norm(patches))), state)
+            return NetworkOutput(None, state)
+        return NetworkOutput(self._to_video(self.head(self.head_norm(patches))), state)
 
     def _to_patches(self, video: Tensor) -> Tensor:
         pt, ph, pw = self.config.patch
@@ -188,19 +185,3 @@ class FIT(nn.Module):
             "(b nt nh nw) (t h w) (pt ph pw c) -> b (nt t pt) c (nh h ph) (nw w pw)",
             nt=t // gt, t=gt, nh=h // gh, h=gh, nw=w // gw, w=gw, pt=pt, ph=ph, pw=pw,
         )  # fmt: skip
-
-    def _check(self, video: Tensor, conditioning: Conditioning, latents: Tensor | None) -> None:
-        c = self.config
-        expected = (c.size[0], c.channels, *c.size[1:])
-        if tuple(video.shape[1:]) != expected:
-            raise ValueError(f"video: (T, C, H, W) is {tuple(video.shape[1:])}, the network is built for {expected}")
-        if conditioning.text.shape[-1] != c.text_width:
-            raise ValueError(f"text: width is {conditioning.text.shape[-1]}, the network is built for {c.text_width}")
-        if c.upsampler != (conditioning.low_resolution is not None):
-            raise ValueError(f"low_resolution: must be given to an upsampler and only there (upsampler is {c.upsampler})")
-        if conditioning.low_resolution is not None and conditioning.low_resolution.shape != video.shape:
-            found = tuple(conditioning.low_resolution.shape[1:])
-            raise ValueError(f"low_resolution: (T, C, H, W) is {found}, the network is built for {expected}")
-        if latents is not None and tuple(latents.shape[1:]) != (c.latent_tokens, c.latent_width):
-            built = (c.latent_tokens, c.latent_width)
-            raise ValueError(f"latents: (tokens, width) is {tuple(latents.shape[1:])}, the network is built for {built}")

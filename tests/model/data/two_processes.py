@@ -11,7 +11,7 @@ from model.data.dataset import DataConfig, build_loader
 
 def describe(batches) -> list[dict]:
     return [
-        {"key": b["key"], "rate": b["frame_rate"].tolist(), "seed": b["seed"].tolist(), "is_image": b["is_image"].tolist()}
+        {"key": b["key"], "rate": b["frame_rate"].tolist(), "seed": b["seed"], "is_image": b["is_image"].tolist()}
         for b in batches
     ]
 

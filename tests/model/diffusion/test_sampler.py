@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.diffusion import sampler
-from model.diffusion.sampler import SamplerConfig
+from model.diffusion.sampler import ChurnConfig, OscillationConfig, SamplerConfig
 
 SIGMA_INS = [1.0, 4.0, 32.0]
 
@@ -181,8 +181,74 @@ def test_values_up_to_one_are_not_stretched() -> None:
         ({"sigma_min": 0.0}, "0 < sigma_min < sigma_max"),
         ({"sigma_min": 3.0, "sigma_max": 2.0}, "0 < sigma_min < sigma_max"),
         ({"threshold_quantile": 1.5}, "threshold_quantile must be in"),
+        ({"guidance": math.nan}, "guidance must be finite and not negative, got nan"),
     ],
 )
 def test_impossible_settings_are_named(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**options)
+
+
+def stock_churn(
+    denoise: Callable[[Tensor, Tensor], Tensor], y: Tensor, times: list[float], c: ChurnConfig, draws: Iterator[Tensor]
+) -> Tensor:
+    """Algorithm 2 of EDM, line by line."""
+    n = len(times) - 1
+    for t, following in itertools.pairwise(times):
+        gamma = min(c.amount / n, math.sqrt(2) - 1) if c.sigma_min <= t <= c.sigma_max else 0
+        raised = t + gamma * t
+        if gamma:
+            y = y + math.sqrt(raised**2 - t**2) * c.noise * next(draws)
+        d = (y - denoise(y, torch.tensor(raised, dtype=y.dtype))) / raised
+        ahead = y + (following - raised) * d
+        if following != 0:
+            d_ahead = (ahead - denoise(ahead, torch.tensor(following, dtype=y.dtype))) / following
+            ahead = y + (following - raised) * (d / 2 + d_ahead / 2)
+        y = ahead
+    return y
+
+
+@pytest.mark.parametrize("sigma_in", SIGMA_INS)
+def test_churn_is_stock_edm_on_scaled_data(sigma_in: float) -> None:
+    levels = sampler.noise_levels(SamplerConfig(steps=18))
+    churn = ChurnConfig(amount=5.0, sigma_min=0.05, sigma_max=50.0, noise=1.003)
+    noise, *fresh = torch.randn(19, 64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = iter(fresh)
+    ours = sampler.heun(under(sigma_in, mixture), noise, levels, sigma_in, None, churn, lambda: next(given))
+    times = [sigma_in * level for level in levels.tolist()]
+    scaled = ChurnConfig(5.0, 0.05 * sigma_in, 50.0 * sigma_in, 1.003)
+    stock = stock_churn(mixture, times[0] * noise, times, scaled, iter(fresh))
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-9)
+    assert not torch.allclose(ours, sampler.heun(under(sigma_in, mixture), noise, levels, sigma_in))
+
+
+@pytest.mark.parametrize("sigma_in", SIGMA_INS)
+def test_a_mixture_survives_churn(sigma_in: float) -> None:
+    levels = sampler.noise_levels(SamplerConfig(steps=128, sigma_min=0.002 / sigma_in))
+    generator = torch.Generator().manual_seed(0)
+    noise = normal_quantiles(20_001)
+
+    def fresh() -> Tensor:
+        return torch.randn(noise.shape, dtype=torch.float64, generator=generator)
+
+    sample = sampler.heun(under(sigma_in, mixture), noise, levels, sigma_in, None, ChurnConfig(20.0), fresh).flatten()
+    assert float((sample < -0.2).double().mean()) == pytest.approx(WEIGHTS[0], abs=0.015)  # 4 sigma of 20,001 draws
+    for low, high, m, s in [(-9, -0.2, MEANS[0], STDS[0]), (-0.2, 9, MEANS[1], STDS[1])]:
+        mode = sample[(sample > low) & (sample < high)]
+        assert float(mode.mean()) == pytest.approx(m, abs=0.015)
+        assert float(mode.std()) == pytest.approx(s, rel=0.04)
+
+
+def test_churn_without_noise_is_refused() -> None:
+    with pytest.raises(ValueError, match="fresh_noise must be given where churn is 3.0"):
+        sampler.heun(mixture, torch.zeros(2, 1), sampler.noise_levels(SamplerConfig(steps=2)), 4.0, churn=ChurnConfig(3.0))
+    with pytest.raises(ValueError, match="amount must not be negative, got -1.0"):
+        ChurnConfig(-1.0)
+
+
+def test_guidance_oscillates_after_its_constant_part() -> None:
+    config = SamplerConfig(steps=7, guidance=15.0, oscillation=OscillationConfig(low=1.0, constant=3))
+    assert sampler.guidance_weights(config).tolist() == [15, 15, 15, 15, 1, 15, 1]
+    assert sampler.guidance_weights(SamplerConfig(steps=2, guidance=3.0)).tolist() == [3, 3]
+    levels = sampler.noise_levels(config)
+    assert [sampler.level_of(float(level), levels) for level in levels[:-1].float()] == list(range(7))

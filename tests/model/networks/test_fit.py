@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model.networks import catalogue
 from model.networks.conditioning import Conditioning
@@ -320,3 +321,68 @@ def test_inputs_of_another_shape_are_named(tiny, conditioning) -> None:
 def test_each_block_is_sharded_on_its_own(tiny) -> None:
     network = build(tiny)
     assert [name for name, module in network.named_modules() if network.fsdp_wrap_fn(module)] == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"upsampler": True, "position": "factorised"}, {"checkpoint_blocks": True}], ids=str)
+def test_it_compiles_whole(tiny, conditioning, changes: dict[str, object]) -> None:
+    """Without a graph break, in all of its passes; what the compiler is told must give the same."""
+    config = replace(tiny, **changes)
+    network = build(config)
+    low = {"low_resolution": video(2, config), "corruption": torch.tensor([0.1, 0.2]).double()} if config.upsampler else {}
+    told, x, latents = conditioning(2, torch.float64, **low), video(2, config), previous(2, config)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    for arguments in ((x, told, latents), (x, told, latents, True)):
+        for found, expected in zip(compiled(*arguments), network(*arguments), strict=True):
+            torch.testing.assert_close(found, expected)
+    gradients = []
+    for forward in (compiled, network):
+        network.zero_grad()
+        forward(x, told, latents).video.square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_compiled_blocks_give_the_same(tiny, conditioning) -> None:
+    network = build(tiny)
+    told, x = conditioning(2, torch.float64), video(2, tiny)
+    names, expected = list(network.state_dict()), network(x, told).video
+    torch._dynamo.reset()
+    network.compile_blocks(backend="aot_eager")
+    torch.testing.assert_close(network(x, told).video, expected)
+    assert list(network.state_dict()) == names
+
+
+class Attentions(TorchFunctionMode):
+    """Notes the attentions that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.scaled_dot_product_attention:
+            self.calls.append((*args[:3], kwargs["attn_mask"] is not None))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [FIT_500M, FIT_3900M, FIT_3900M_UP], ids=["500M", "3.9B", "3.9B Up"])
+def test_attention_among_patches_and_latents_can_take_the_flash_kernel(config: FITConfig) -> None:
+    """In bfloat16 without a mask, heads of a multiple of 8 up to 256 channels whose channels lie together (FlashAttention 2)."""
+    frames, height, width = config.size
+    x = torch.empty(2, frames, 3, height, width, device="meta", dtype=torch.bfloat16)
+    with torch.device("meta"):
+        told = Conditioning(
+            torch.empty(2), torch.empty(2, 128, 1024), torch.empty(2, 128).bool(), torch.empty(2), torch.empty(2, 2),
+            x if config.upsampler else None, torch.empty(2) if config.upsampler else None,
+        )  # fmt: skip
+    with Attentions() as seen:
+        catalogue.build(config, "meta").bfloat16()(x, told)
+    products = {True: 0, False: 0}  # of queries and keys, by whether masked
+    for query, key, value, masked in seen.calls:
+        for tensor in (query, key, value):
+            assert tensor.dtype == torch.bfloat16 and tensor.stride(-1) == 1
+            assert tensor.shape[-1] % 8 == 0 and tensor.shape[-1] <= 256
+        products[masked] += query.numel() * key.shape[2]
+    assert len(seen.calls) == config.blocks * (3 + config.global_layers)
+    assert products[True] < 0.2 * products[False]  # the text alone is masked

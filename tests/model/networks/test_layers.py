@@ -25,12 +25,16 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
 def attend(layer: Attention, query: Tensor, context: Tensor, allowed: Tensor) -> Tensor:
     """Multi-head attention, one sample, head and query at a time."""
     width = layer.head_width
+    inner = layer.output.in_features
+    if layer.is_self_attention:
+        of_query, of_key, of_value = layer.query_key_value.weight.split(inner)
+    else:
+        of_query, (of_key, of_value) = layer.query.weight, layer.key_value.weight.split(inner)
     rows = []
     for sample in range(len(query)):
-        q = query[sample] @ layer.query.weight.T
-        inner = q.shape[1]
-        k = context[sample] @ layer.key_value.weight[:inner].T
-        v = context[sample] @ layer.key_value.weight[inner:].T
+        q = query[sample] @ of_query.T
+        k = context[sample] @ of_key.T
+        v = context[sample] @ of_value.T
         heads = []
         for start in range(0, inner, width):
             part = slice(start, start + width)

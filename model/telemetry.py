@@ -1,0 +1,101 @@
+"""Numbers that tell how a run is doing: norms and trust ratios, frames per second, waiting for data, memory, and model FLOPs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.data import batch
+from model.data.batch import CHANNELS, PackedBatch
+from model.denoiser import Denoiser, ModelConfig
+from model.faults import StepGuard
+from model.lamb import LAMB
+
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """How often what costs a wait for the device is logged."""
+
+    every: int = 10  # steps
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+
+
+def flops_per_sample(config: ModelConfig, max_tokens: int) -> int:
+    """Floating-point operations that training needs for one sample, counted on the meta device.
+
+    Matrix products, convolutions and attention of the first pass, the forward and the backward pass, a multiplication and
+    addition as two. Recomputation is left out: it is a price, not progress.
+    """
+    denoiser = Denoiser(replace(config, network=replace(config.network, checkpoint_blocks=False)), "meta")
+    codec, network = config.codec, config.network
+    with torch.device("meta"):
+        clips: dict[str, Any] = {
+            "video": torch.empty(1, network.size[0], CHANNELS, codec.height, codec.width),
+            "text": torch.empty(1, max_tokens, network.text_width),
+            "text_mask": torch.empty(1, max_tokens, dtype=torch.bool),
+            "frame_rate": torch.empty(1),
+            "resolution": torch.empty(1, 2),
+            "seed": [0],
+        }
+    with FlopCounterMode(display=False) as counted:
+        denoiser.loss(denoiser(clips), clips).backward()
+    return counted.get_total_flops()
+
+
+def flops_per_batch(config: ModelConfig, max_tokens: int) -> Callable[[PackedBatch], int]:
+    """What Composer's ``SpeedMonitor`` asks a model for: FLOPs of a process's batch. It logs the share of the device's peak."""
+    of_one = flops_per_sample(config, max_tokens)
+    return lambda packed: of_one * batch.num_samples(packed)
+
+
+class Telemetry(Callback):
+    """Logs every ``every`` steps. Times are those of the steps alone: evaluation, samples and checkpoints are left out."""
+
+    def __init__(self, config: TelemetryConfig, guard: StepGuard) -> None:
+        self.config = config
+        self.guard = guard
+        self._begin = self._busy = self._waited = 0.0  # seconds: of the clock, of the steps since the last log, of their waits
+        self._frames = 0  # in this process since the last log
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self._begin = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        self._waited += time.perf_counter() - self._begin
+        videos, images = state.batch["videos"], state.batch["images"]
+        self._frames += videos.shape[0] * videos.shape[1] + len(images)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._busy += time.perf_counter() - self._begin
+        if int(state.timestamp.batch) % self.config.every:
+            return
+        metrics = {"optimizer/gradient_norm": self.guard.gradient_norm}
+        optimizer = state.optimizers[0]
+        if isinstance(optimizer, LAMB) and len(optimizer.trust_ratios):
+            ratios = optimizer.trust_ratios
+            for quantile, value in zip(QUANTILES, ratios.quantile(ratios.new_tensor(QUANTILES)).tolist(), strict=True):
+                metrics[f"optimizer/trust_ratio_p{100 * quantile:02.0f}"] = value
+            metrics["optimizer/update_norm"] = float(optimizer.update_norm)
+        device = torch.device(state.device.name.replace("gpu", "cuda"))
+        cuda = device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else 0.0
+        slowest = torch.tensor([self._waited / self._busy, peak], device=device)
+        dist.all_reduce(slowest, reduce_operation="MAX")
+        metrics["throughput/data_wait_share"], peak = slowest.tolist()
+        metrics["throughput/frames_per_sec"] = self._frames * dist.get_world_size() / self._busy
+        if cuda:
+            metrics["memory/peak_gb"] = peak
+            torch.cuda.reset_peak_memory_stats(device)
+        logger.log_metrics(metrics)
+        self._busy, self._waited, self._frames = 0.0, 0.0, 0

@@ -1,0 +1,119 @@
+"""What the log shows of a run: FLOPs, shares and norms counted right, and a whole run with a broken sample among its data."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from composer.devices import DeviceCPU
+from mlflow import MlflowClient
+
+from model import config, telemetry, text
+from model.lamb import LAMB, LAMBConfig
+from model.telemetry import Telemetry, TelemetryConfig
+from model.train import TrainConfig
+from pipelines import budget
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("yaml", ["stage1_500m.yaml", "demo/stage2.yaml"])
+def test_flops_are_those_of_the_plan_without_any_recomputation(yaml: str) -> None:
+    c = config.load(TrainConfig, ROOT / "yamls" / yaml)
+    found = telemetry.flops_per_sample(c.model, c.data.max_tokens)
+    plain = replace(c.model, network=replace(c.model.network, checkpoint_blocks=False))
+    assert found == telemetry.flops_per_sample(plain, c.data.max_tokens)
+    planned = budget.count(c, gpus=2).computation
+    # The plan counts the kernels of a GPU, whose fused attention recomputes its scores in the backward pass.
+    assert 0.9 < found / (planned.step - planned.recomputation) <= 1
+    without = replace(c.model, self_conditioning=0.0)
+    assert found - telemetry.flops_per_sample(without, c.data.max_tokens) == planned.first_pass
+
+
+def test_what_is_logged_of_an_interval() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    weights = [weight, *(torch.nn.Parameter(torch.full((4,), float(i))) for i in range(1, 21))]
+    optimizer = LAMB(weights, LAMBConfig(lr=0.1, weight_decay=0.0, max_weight_norm=1e9))
+    for p in weights:
+        p.grad = torch.ones(4)
+    optimizer.step()  # the trust ratio of n in every entry is n, and that of ones 1: 1, 1, 2, ..., 20
+
+    logged: list[dict[str, float]] = []
+    logger: Any = SimpleNamespace(log_metrics=logged.append)
+    packed = {"videos": torch.empty(3, 16, 2, 2, 3), "images": torch.empty(2, 1, 2, 2, 3)}
+    state: Any = SimpleNamespace(
+        timestamp=SimpleNamespace(batch=0), device=DeviceCPU(), optimizers=[optimizer], batch=packed
+    )  # fmt: skip
+    callback = Telemetry(TelemetryConfig(every=2), SimpleNamespace(gradient_norm=0.25))  # type: ignore[arg-type]
+    begin = time.perf_counter()
+    for step in (1, 2):
+        callback.before_dataloader(state, logger)
+        time.sleep(0.03)
+        callback.after_dataloader(state, logger)
+        time.sleep(0.01)
+        state.timestamp.batch = step
+        callback.batch_end(state, logger)
+        if step == 1:
+            elapsed = time.perf_counter() - begin
+            time.sleep(0.3)  # an evaluation, which is no part of a step
+    assert len(logged) == 1
+    found = logged[0]
+    assert found["optimizer/gradient_norm"] == 0.25
+    assert found["optimizer/trust_ratio_p50"] == pytest.approx(10, rel=1e-3)
+    assert found["optimizer/trust_ratio_p05"] == pytest.approx(1, rel=1e-3)
+    assert found["optimizer/trust_ratio_p95"] == pytest.approx(19, rel=1e-3)
+    assert found["optimizer/update_norm"] == pytest.approx(0.1 * 2 * sum(n * n for n in (1, *range(1, 21))) ** 0.5, rel=1e-3)
+    assert 0.4 < found["throughput/data_wait_share"] < 0.95
+    assert found["throughput/frames_per_sec"] == pytest.approx(100 / (2 * elapsed), rel=0.5)  # 50 frames a batch
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory, write_dataset: Callable[..., Path]) -> Path:
+    """Videos and images, one video of which has a caption whose states overflow in the network."""
+    folder = tmp_path_factory.mktemp("poisoned")
+
+    def poison(sample: dict[str, Any]) -> None:
+        if sample["key"] == "videos-3":
+            sample["text"] = text.pack(torch.full((2, 4), 3e38))
+
+    for kind in ("videos", "images"):
+        write_dataset(folder / kind, kind, 20, size=(8, 16), frames=12, edit=poison)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_broken_sample_and_tells_its_operator(tmp_path: Path, training: Any, poisoned: Path) -> None:
+    run = replace(training(tmp_path, steps=8), data=poisoned)
+    evaluation = "evaluation={every: 4, videos: 3, images: 2, bands: [0.3], batch: 2}"
+    run.finish(run.start("faults.policy=skip", "telemetry.every=2", evaluation))
+    assert "skipped: the loss is nan; not finite in videos-3; the batch" in run.log
+    lists = sorted((tmp_path / "tiny/faults").glob("*.json"))
+    assert 1 <= len(lists) <= 2  # 5 batches to an epoch
+    assert {s["key"] for s in json.loads(lists[0].read_text())["samples"] if s["loss"] == "nan"} == {"videos-3"}
+    assert all(weight.isfinite().all() for weight in run.weights().values())
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.get_run(client.get_model_version_by_alias("tiny", "newest").run_id).data.metrics
+    expected = {
+        f"eval/loss/{kind}/{band}" for kind in ("videos", "images") for band in ("sigma_below_0.3", "sigma_above_0.3", "total")
+    }
+    expected |= {f"optimizer/{name}" for name in ("gradient_norm", "update_norm", "trust_ratio_p05", "trust_ratio_p95")}
+    expected |= {"throughput/frames_per_sec", "throughput/data_wait_share", "faults/skipped"}
+    assert expected <= found.keys()
+    assert found["faults/skipped"] == len(lists)
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_says_why_in_one_line(tmp_path: Path, training: Any, poisoned: Path) -> None:
+    run = replace(training(tmp_path, steps=8), data=poisoned)
+    assert run.start("faults.policy=stop").wait(timeout=240) == 1
+    assert "Traceback" not in run.log
+    told = [line for line in run.log.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and "stopped: the loss is nan; not finite in videos-3; the batch's samples are in" in told[0]
+    found = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert [entry.info.status for entry in found] == ["FAILED"]
+    assert not list(tmp_path.glob("tiny/model-step-*"))
