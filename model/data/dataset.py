@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
+from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -345,11 +347,19 @@ def build_loader(config: DataConfig, global_batch_size: int, held_out: Mapping[K
     )
 
 
+class _SharedMemory(SharedMemory):
+    """Shared memory that is let go of with its last reference, unless it was created here: that lasts as long as the process."""
+
+    def __init__(self, name: str, create: bool, size: int = 0) -> None:
+        super().__init__(name, create, size, auto_cleanup=create)
+
+
 @contextlib.contextmanager
 def _names_of_shared_memory(world: World) -> Iterator[None]:
     """Let one run of this machine at a time choose names for its shared memory. Collective.
 
     StreamingDataset looks for names that are free and takes them a moment later; of two runs that start together one would die.
+    It attaches to every name that is taken, killed runs' among them, and would keep all of them open: thousands of files.
     """
     with contextlib.ExitStack() as stack:
         if world.is_local_leader:
@@ -361,6 +371,7 @@ def _names_of_shared_memory(world: World) -> Iterator[None]:
                     break
                 time.sleep(0.1)
         dist.barrier()
+        stack.enter_context(mock.patch.object(prefix, "SharedMemory", _SharedMemory))
         yield
 
 

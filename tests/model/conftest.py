@@ -218,11 +218,12 @@ publish: {{name: tiny, alias: newest}}
 
 @dataclass(frozen=True)
 class Training:
-    """A tiny run in a folder of its own, started as users start it. 5 batches make an epoch, so 7 steps end within one."""
+    """A tiny run in a folder of its own, started as users start it. 5 batches make an epoch, so 7 steps end within one;
+    59 of them last for seconds, so that what comes from outside finds the run at work."""
 
     folder: Path
     data: Path
-    steps: int = 24
+    steps: int = 59
     every: int = 7
 
     def write_yaml(self) -> Path:
@@ -290,7 +291,7 @@ def run_data(tmp_path_factory: pytest.TempPathFactory, write_dataset: Callable[.
 
 @pytest.fixture(scope="session")
 def training(run_data: Path) -> Callable[..., Training]:
-    """``training(folder, steps=24, every=7)`` is a tiny run, named "tiny"."""
+    """``training(folder, steps=59, every=7)`` is a tiny run, named "tiny"."""
 
     def build(folder: Path, **values: int) -> Training:
         return Training(folder, run_data, **values)

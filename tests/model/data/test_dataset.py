@@ -194,6 +194,21 @@ def test_a_position_left_in_shared_memory_by_a_killed_run_is_not_taken_up(both) 
     pytest.fail("the loader never met what was left for it")
 
 
+def attached() -> Counter[str]:
+    """How often this process holds each name of shared memory open."""
+    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return Counter(link.removesuffix(" (deleted)") for link in links if link.startswith("/dev/shm/"))
+
+
+def test_a_loader_does_not_hold_the_shared_memory_of_others_open(both) -> None:
+    """Looking for free names attaches to all that are taken: with what killed runs left, files would run out."""
+    first = build_loader(both, 8).dataloader
+    held = attached()
+    second = build_loader(both, 8).dataloader
+    assert not set(prefixes(first)) & set(prefixes(second))
+    assert {name: count for name, count in attached().items() if name in held} == held
+
+
 class Probe(ComposerModel):
     """One weight; the loss depends on the data and on the generator."""
 

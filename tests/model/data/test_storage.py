@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -218,7 +219,7 @@ def test_a_missing_shard_is_named_at_once(s3, remote, workers: int) -> None:
     line = fault_of(dataclasses.replace(remote, workers=workers))
     assert line.startswith(f"{s3.address}/shard.00004.mds at {s3.endpoint}: ")
     assert "NoSuchKey, HTTP 404" in line
-    assert s3.downloads.count("shard.00004.mds") <= 2 * max(workers, 1)  # ahead of its use, and for its use
+    assert s3.downloads.count("shard.00004.mds") < storage.ATTEMPTS * max(workers, 1)  # ahead of its use, and for its use
 
 
 def test_a_damaged_object_is_named(s3, remote) -> None:
@@ -392,7 +393,8 @@ def test_a_limit_on_local_copies_holds(s3, remote, videos, tmp_path, config, wor
         seen, most = [], 0
         for batch in loader:
             seen += batch["key"]
-            most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.mds*")))
+            with contextlib.suppress(FileNotFoundError):  # one that made room between being found and being measured
+                most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.mds*")))
         assert seen == keys(local)
         assert 30_000 < most <= 60 * 1024 + 10_000 * max(workers, 1)  # of about 85 kB; one on its way is not counted yet
     assert len(s3.downloads) > 10
