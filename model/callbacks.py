@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from composer.core import Callback, State
-from composer.loggers import Logger, MLFlowLogger
+from composer.loggers import Logger
 from composer.utils import dist
-from mlflow import MlflowClient
 from tqdm import tqdm
 
 from model import media, text
@@ -140,11 +139,9 @@ class SampleVideos(Callback):
         return [torch.Generator().manual_seed(self.config.seed + i) for i in indices]
 
     def _log(self, clips: dict[str, np.ndarray], step: int, logger: Logger) -> None:
-        destinations = [d for d in logger.destinations if isinstance(d, MLFlowLogger)]
         with tempfile.TemporaryDirectory() as folder:
             for i, frames in enumerate(clips.values()):
                 media.write_mp4(Path(folder, f"clip-{i:02d}.mp4"), frames, self.config.frame_rate)
             media.write_contact_sheet(Path(folder, "sheet.png"), list(clips.values()), list(clips))
-            for destination in destinations:
-                client = MlflowClient(destination.tracking_uri)
-                client.log_artifacts(str(destination._run_id), folder, f"samples/step-{step:07d}")
+            for path in sorted(Path(folder).iterdir()):
+                logger.upload_file(f"samples/step-{step:07d}/{path.name}", path)

@@ -10,13 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from composer.loggers import MLFlowLogger
 from mlflow import MlflowClient, artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from model.config import UserError
+from model.config import RunError, UserError
 
 METRIC = "metric."  # before the names of a version's metrics among its tags
 
@@ -28,6 +27,17 @@ class TrackingConfig:
     uri: str = "sqlite:///runs/mlflow.db"  # or a server's address
     experiment: str = "snapvideo"
     artifacts: str | None = "runs/mlflow-artifacts"  # root for a new experiment's files; None leaves it to the server
+    absent: Literal["fail", "spool"] = "fail"  # a server that cannot be reached at the start: end there, or go on and send later
+    patience: float = 60.0  # seconds that a run's end waits for a server that is slow or away
+
+    def __post_init__(self) -> None:
+        if not self.patience >= 0:
+            raise ValueError(f"patience must not be negative, got {self.patience}")
+
+    @property
+    def remote(self) -> bool:
+        """Whether there is a server, which may be away."""
+        return not self.uri.startswith(("sqlite:", "file:", "/", "."))
 
 
 @dataclass(frozen=True)
@@ -53,20 +63,31 @@ def ensure_experiment(config: TrackingConfig) -> str:
     """Create the store and the experiment if missing and return the experiment's id.
 
     Call it in one process before several open a new SQLite store: their migrations would race and break it for good.
+
+    Raises:
+        UserError: no store can be opened or made.
+        RunError: the server cannot be reached, or refuses.
     """
     if config.uri.startswith("sqlite:///"):
         Path(config.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _quiet_migrations():
+        is_new = config.uri.startswith("sqlite:///") and not Path(config.uri.removeprefix("sqlite:///")).exists()
+        with _quiet_migrations() if is_new else contextlib.nullcontext():
             client = MlflowClient(config.uri)
-            client.search_experiments(max_results=1)
-        experiment = client.get_experiment_by_name(config.experiment)
+            experiment = client.get_experiment_by_name(config.experiment)
         if experiment is not None:
             return str(experiment.experiment_id)
         root = None if config.artifacts is None else Path(config.artifacts).absolute().as_uri()
-        return str(client.create_experiment(config.experiment, artifact_location=root))
+        try:
+            return str(client.create_experiment(config.experiment, artifact_location=root))
+        except MlflowException:  # another run was faster, or it cannot be made
+            experiment = client.get_experiment_by_name(config.experiment)
+            if experiment is None:
+                raise
+            return str(experiment.experiment_id)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"MLflow at {config.uri}: {_first_line(error)}") from error
+        kind = RunError if config.remote else UserError  # a server may be there again soon
+        raise kind(f"MLflow at {config.uri}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -79,23 +100,6 @@ def _quiet_migrations() -> Iterator[None]:
     except Exception:
         print(told.getvalue(), file=sys.stderr)
         raise
-
-
-def make_logger(config: TrackingConfig, run_name: str) -> MLFlowLogger:
-    """Composer's logger; a run of the same name is taken up again."""
-    return MLFlowLogger(
-        experiment_name=config.experiment,
-        run_name=run_name,
-        tracking_uri=config.uri,
-        log_system_metrics=False,
-        resume=True,
-    )
-
-
-def mark(config: TrackingConfig, run_id: str | None, status: Literal["FAILED", "KILLED"]) -> None:
-    """Set how a run ended. Flush and close the trainer first, which reports the run FINISHED."""
-    if run_id is not None:
-        MlflowClient(config.uri).set_terminated(run_id, status=status)
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,12 @@ def fetch(uri: str, tracking_uri: str) -> Path:
         source = client.get_model_version_download_uri(name, version)
         return Path(artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking_uri))
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"{uri}: {_first_line(error)} (MLflow at {tracking_uri})") from error
+        raise UserError(f"{uri}: {first_line(error)} (MLflow at {tracking_uri})") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without what follows."""
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # urllib3 wraps the cause in pages of objects.
+    refused = re.search(r"\(Caused by .*?: ([^:\"']*)[\"')>]*$", line)
+    return refused[1] if refused else line

@@ -49,6 +49,7 @@ from model.registry import PublishConfig, TrackingConfig  # noqa: E402
 from model.resume import CheckpointConfig, WholeCheckpoints  # noqa: E402
 from model.sharding import ShardingConfig  # noqa: E402
 from model.telemetry import Telemetry, TelemetryConfig  # noqa: E402
+from model.tracking import Tracking  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def train(c: TrainConfig) -> None:
     manifests = dataset.manifests(c.data)
     if dist.get_global_rank() == 0:
         resume.claim(Path(c.folder, c.name))
-        registry.ensure_experiment(c.tracking)
     dist.barrier()
+    tracking = Tracking(c.tracking, c.name, Path(c.folder, c.name))
     checkpoints = Path(c.folder, c.name, "checkpoints").absolute()
     found = resume.find_whole(checkpoints)
     if dist.get_global_rank() == 0:
@@ -123,7 +124,7 @@ def train(c: TrainConfig) -> None:
 
     loader = dataset.build_loader(c.data, c.global_batch, c.evaluation.held_out if c.evaluation else None)
     denoiser = Denoiser(c.model, sharding.build_device())
-    if c.initialise_from and dist.get_global_rank() == 0:
+    if c.initialise_from and found.newest is None and dist.get_global_rank() == 0:
         transfer = checkpoint.initialise_from(denoiser, registry.fetch(c.initialise_from, c.tracking.uri))
         print(f"from {c.initialise_from}: {transfer}")
     if c.compile:
@@ -140,14 +141,13 @@ def train(c: TrainConfig) -> None:
         text = next(iter(manifests.values())).text
         callbacks.append(SampleVideos(c.samples, ema, text.encoder, text.max_tokens))
     callbacks.append(WholeCheckpoints(checkpoints, c.checkpoints, preemption, frozenset(found.ignored)))
-    mlflow_logger = registry.make_logger(c.tracking, c.name)
     trainer = Trainer(
         model=denoiser,
         train_dataloader=loader,
         optimizers=optimizers.build(denoiser.parameters(), c.optimizer),
         schedulers=CosineAnnealingWithWarmupScheduler(f"{c.schedule.warmup}ba", f"{c.schedule.steps}ba", c.schedule.final),
         callbacks=callbacks,
-        loggers=mlflow_logger,
+        loggers=tracking,
         parallelism_config=sharding.parallelism(c.sharding),
         max_duration=f"{c.schedule.steps}ba",
         device_train_microbatch_size=c.microbatch or c.global_batch // dist.get_world_size(),
@@ -159,30 +159,32 @@ def train(c: TrainConfig) -> None:
         dist_timeout=1800.0,
     )
     sharding.average_gradients_on_gloo(trainer.state.model)
+    done = int(trainer.state.timestamp.batch)
     trainer.logger.log_hyperparameters(_flat(config.to_tree(c)))
+    tracking.log_text(f"config/from-step-{done:07d}.yaml", config.to_yaml(c))
     if trainer._rng_state is not None:
         # Composer restores the random state only where it has to replay batches, which our dataset spares it.
         reproducibility.load_rng_state(trainer._rng_state)
         trainer._rng_state = None
-    done = int(trainer.state.timestamp.batch)
     try:
         if done < c.schedule.steps:
             trainer.fit()
         elif dist.get_global_rank() == 0:
             print(f"{c.name} has made {done} steps already, of {c.schedule.steps} asked for: nothing to train")
         measured = evaluation.latest if evaluation else {}
-        publish(c, ema, int(trainer.state.timestamp.batch), manifests, mlflow_logger._run_id, measured)
+        publish(c, ema, int(trainer.state.timestamp.batch), manifests, tracking, measured)
     except BaseException as error:
-        trainer.close()  # first: it flushes, and then reports the run FINISHED
-        registry.mark(c.tracking, mlflow_logger._run_id, "KILLED" if isinstance(error, Preempted) else "FAILED")
+        tracking.end("KILLED" if isinstance(error, Preempted) else "FAILED")
+        trainer.close()
         if isinstance(error, Preempted) and preemption.stopping:
             dist.barrier()  # the launcher kills the others when the first one ends
         raise
+    tracking.end("FINISHED")
     trainer.close()
 
 
 def publish(
-    c: TrainConfig, ema: EMA, step: int, manifests: dict[str, Manifest], run_id: str | None, metrics: dict[str, float]
+    c: TrainConfig, ema: EMA, step: int, manifests: dict[str, Manifest], tracking: Tracking, metrics: dict[str, float]
 ) -> None:
     """Write the artefact with the EMA weights, and register it if the config says so."""
     weights = checkpoint.gather(ema.weights)
@@ -192,10 +194,10 @@ def publish(
     origin = checkpoint.Origin(c.name, step, provenance.git_commit())
     checkpoint.write(folder, weights, config.to_tree(c), manifests, origin)
     print(f"model of step {step}: {folder}")
-    if c.publish and run_id:
+    if c.publish:
         data = hashlib.sha256("".join(manifest.to_json() for manifest in manifests.values()).encode()).hexdigest()[:16]
         tags = {"run": c.name, "step": str(step), "commit": origin.commit, "data": data}
-        done = registry.publish(folder, c.tracking, c.publish, run_id, tags, metrics)
+        done = tracking.publish(folder, c.publish, tags, metrics)
         print(f"registered as models:/{c.publish.name}/{done.version}")
         alias = f"models:/{c.publish.name}@{c.publish.alias}"
         print(f"{alias} stays where it is: {done.refused}" if done.refused else f"{alias} is version {done.version}")

@@ -173,9 +173,3 @@ def test_aliases_that_mlflow_reserves_are_refused_before_training(alias: str) ->
 def test_names_that_no_uri_can_hold_are_refused_before_training(name: str) -> None:
     with pytest.raises(ValueError, match="name must"):
         PublishConfig(name)
-
-
-def test_a_run_is_marked_failed(tracking: TrackingConfig, run_id: str) -> None:
-    registry.mark(tracking, run_id, "FAILED")
-    assert MlflowClient(tracking.uri).get_run(run_id).info.status == "FAILED"
-    registry.mark(tracking, None, "FAILED")
