@@ -1,7 +1,7 @@
 """Numbers that tell how a run is doing: norms and trust ratios, frames per second, waiting for data, memory, and model FLOPs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,11 +62,14 @@ def flops_per_batch(config: ModelConfig, max_tokens: int) -> Callable[[PackedBat
 class Telemetry(Callback):
     """Logs every ``every`` steps. Times are those of the steps alone: evaluation, samples and checkpoints are left out."""
 
-    def __init__(self, config: TelemetryConfig, guard: StepGuard) -> None:
+    def __init__(self, config: TelemetryConfig, guard: StepGuard, frame_rates: Sequence[float]) -> None:
+        """``frame_rates``: those that videos are drawn at."""
         self.config = config
         self.guard = guard
         self._begin = self._busy = self._waited = 0.0  # seconds: of the clock, of the steps since the last log, of their waits
         self._frames = 0  # in this process since the last log
+        self._rates = torch.tensor(sorted(set(frame_rates)))
+        self._drawn = torch.zeros(len(self._rates))  # how many videos of each, in this process so far
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._begin = time.perf_counter()
@@ -75,6 +78,7 @@ class Telemetry(Callback):
         self._waited += time.perf_counter() - self._begin
         videos, images = state.batch["videos"], state.batch["images"]
         self._frames += videos.shape[0] * videos.shape[1] + len(images)
+        self._drawn += (state.batch["frame_rate"].cpu()[:, None] == self._rates).sum(0)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._busy += time.perf_counter() - self._begin
@@ -93,6 +97,10 @@ class Telemetry(Callback):
         slowest = torch.tensor([self._waited / self._busy, peak], device=device)
         dist.all_reduce(slowest, reduce_operation="MAX")
         metrics["throughput/data_wait_share"], peak = slowest.tolist()
+        drawn = self._drawn.to(device)
+        dist.all_reduce(drawn)
+        for rate, share in zip(self._rates.tolist(), (drawn / drawn.sum().clamp_min(1)).tolist(), strict=True):
+            metrics[f"data/share_of_videos_at_{rate:g}_fps"] = share
         metrics["throughput/frames_per_sec"] = self._frames * dist.get_world_size() / self._busy
         if cuda:
             metrics["memory/peak_gb"] = peak

@@ -4,14 +4,13 @@ A thread of process 0 sends the journal in its order; training never waits for i
 sends. Only what the server has taken leaves the disk, so it may be sent twice: MLflow keeps one of two equal metrics.
 """
 
-import json
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -28,120 +27,16 @@ from tqdm import tqdm
 
 from model import registry
 from model.config import RunError
+from model.journal import Journal, Record
 from model.registry import PublishConfig, TrackingConfig
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-Record = dict[str, Any]
-
 TOKEN = "snapvideo.run"  # noqa: S105 - a tag: which journal a run belongs to
-SEGMENT_BYTES = 4 << 20  # of the journal; sent ones are deleted whole
-READ_BYTES = 1 << 18  # of the journal at once
 METRICS, PARAMS, CHARACTERS = 1000, 100, 6000  # MLflow's limits: of a request, of a request, of a parameter's value
 SEND_SECONDS = 3.0  # between two looks for something to send
 PAUSES = (1.0, 30.0)  # seconds behind the first failure to send, and at most
 # What the same request would meet again. All else may pass: no connection, no answer, a server that is busy or set up wrong.
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
-
-
-@dataclass(frozen=True, order=True)
-class Position:
-    """A place in the journal: the number of a segment, and bytes within it."""
-
-    segment: int = 0
-    offset: int = 0
-
-
-class Journal:
-    """Records in a folder, in their order, until they are done with. One process at a time writes and reads it.
-
-    A record is on its way to the disk when ``append`` returns: a kill of the process does not lose it, a power cut may.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = folder / "files"
-        self.files.mkdir(parents=True, exist_ok=True)
-        self._sent = folder / "sent.json"
-        self._lock = threading.Lock()
-        # A segment of its own for each process: the last line of the one before may be cut.
-        last = max(self._segments(), default=0)
-        self._writing = last + 1
-        self._file = self._path(self._writing).open("ab")
-        self.position = Position(**json.loads(self._sent.read_text())) if self._sent.exists() else Position()
-        self._about = folder / "run.json"
-        if not self._about.exists():
-            _replace(self._about, {"token": uuid.uuid4().hex})
-        self.token: str = json.loads(self._about.read_text())["token"]  # of the run, by which MLflow finds it
-
-    def describe(self, config: TrackingConfig, name: str) -> None:
-        """Keep where the journal goes, for who sends it later."""
-        _replace(self._about, {"token": self.token, "name": name, "tracking": asdict(config)})
-
-    def described(self) -> tuple[TrackingConfig, str]:
-        """What ``describe`` kept."""
-        about = json.loads(self._about.read_text())
-        return TrackingConfig(**about["tracking"]), about["name"]
-
-    def append(self, record: Record) -> None:
-        """Add a record; from any thread."""
-        with self._lock:
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
-            if self._file.tell() > SEGMENT_BYTES:
-                self._file.close()
-                self._writing += 1
-                self._file = self._path(self._writing).open("ab")
-
-    def read(self) -> tuple[list[Record], Position]:
-        """The next records that are not done with, and the position behind them; none at the end."""
-        for number in sorted(self._segments()):
-            if number < self.position.segment:
-                continue
-            writing = self._writing  # before reading: what is complete then stays so
-            offset = self.position.offset if number == self.position.segment else 0
-            with self._path(number).open("rb") as file:
-                file.seek(offset)
-                data = file.read(READ_BYTES)
-                while data and b"\n" not in data and (more := file.read(READ_BYTES)):
-                    data += more
-            whole = data[: data.rfind(b"\n") + 1]
-            if whole:
-                return list(_parsed(whole)), Position(number, offset + len(whole))
-            if number == writing:
-                break
-        return [], self.position
-
-    def done(self, position: Position) -> None:
-        """Everything before ``position`` is done with."""
-        _replace(self._sent, vars(position))
-        self.position = position
-        for number in self._segments():
-            if number < position.segment:
-                self._path(number).unlink()
-
-    def close(self) -> None:
-        """Write no more."""
-        self._file.close()
-
-    def _segments(self) -> list[int]:
-        return [int(path.stem) for path in self.folder.glob("[0-9]*.jsonl")]
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:08d}.jsonl"
-
-
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content))
-    draft.replace(path)
-
-
-def _parsed(lines: bytes) -> Iterator[Record]:
-    for line in lines.splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # the disk's fault; the others are whole
-            tqdm.write(f"MLflow: a damaged record in the journal is left out: {line[:80]!r}")
 
 
 class Sender:
@@ -328,7 +223,7 @@ class Tracking(LoggerDestination):
         set_up_client(config.uri)
         self._connect()
         self.journal = Journal(folder / "tracking")
-        self.journal.describe(config, name)
+        self.journal.describe(name, asdict(config))
         self.sender = Sender(config, name, self.journal)
 
     def init(self, state: State, logger: Logger) -> None:

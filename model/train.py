@@ -33,7 +33,7 @@ from composer.utils import dist, get_device, reproducibility  # noqa: E402
 # torch and Composer warn about their own ways.
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated|FSDP2 Config/APIs are experimental")
 
-from model import checkpoint, command, config, optimizers, provenance, registry, resume, sharding, telemetry  # noqa: E402
+from model import checkpoint, command, config, finetuning, optimizers, provenance, registry, resume, sharding, telemetry  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
 from model.data import dataset  # noqa: E402
 from model.data.dataset import DataConfig  # noqa: E402
@@ -42,6 +42,7 @@ from model.denoiser import Denoiser, ModelConfig  # noqa: E402
 from model.ema import EMA, EMAConfig  # noqa: E402
 from model.evaluation import Evaluation, EvaluationConfig, noise_bands  # noqa: E402
 from model.faults import FaultsConfig, StepGuard  # noqa: E402
+from model.finetuning import FinetuneConfig  # noqa: E402
 from model.lamb import LAMBConfig  # noqa: E402
 from model.optimizers import OptimizerConfig  # noqa: E402
 from model.preemption import Preempted, Preemption  # noqa: E402
@@ -81,6 +82,7 @@ class TrainConfig:
     publish: PublishConfig | None = None
     folder: str = "runs"
     initialise_from: str | None = None  # models:/NAME@ALIAS or a folder: stage 2 starts from stage 1's weights
+    finetune: FinetuneConfig | None = None  # what of initialise_from trains; None: everything
     global_batch: int = 4096
     microbatch: int | None = None  # samples per process at once; None for the whole batch
     clip_norm: float = 0.5  # gradient clipping is used, its bound unstated; this is the first author's later choice
@@ -89,6 +91,8 @@ class TrainConfig:
     seed: int = 17
 
     def __post_init__(self) -> None:
+        if self.finetune and self.initialise_from is None:
+            raise ValueError("finetune trains part of a published model, which initialise_from must name")
         if self.publish and self.publish.gate and self.evaluation is None:
             raise ValueError("publish.gate names metrics, for which evaluation must be configured")
         codec, network = self.model.codec, self.model.network
@@ -124,15 +128,21 @@ def train(c: TrainConfig) -> None:
 
     loader = dataset.build_loader(c.data, c.global_batch, c.evaluation.held_out if c.evaluation else None)
     denoiser = Denoiser(c.model, sharding.build_device())
+    new: list[str] = []
     if c.initialise_from and found.newest is None and dist.get_global_rank() == 0:
         transfer = checkpoint.initialise_from(denoiser, registry.fetch(c.initialise_from, c.tracking.uri))
         print(f"from {c.initialise_from}: {transfer}")
+        new = transfer.new
+    if c.finetune:
+        share = finetuning.prepare(denoiser, c.finetune, new)
+        if dist.get_global_rank() == 0:
+            print(share, flush=True)
     if c.compile:
         denoiser.network.compile_blocks()
     denoiser.flops_per_batch = telemetry.flops_per_batch(c.model, c.data.max_tokens)
     ema = EMA(c.ema)
     guard = StepGuard(c.faults, c.clip_norm, ema, Path(c.folder, c.name, "faults"))
-    callbacks = [preemption, guard, Telemetry(c.telemetry, guard), ema, ProgressBar(c.name, c.schedule.steps)]
+    callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates), ema, ProgressBar(c.name, c.schedule.steps)]
     callbacks += [LRMonitor(), SpeedMonitor(window_size=20)]
     evaluation = Evaluation(c.evaluation, ema, loader, c.data.max_tokens) if c.evaluation else None
     if evaluation:
@@ -172,7 +182,8 @@ def train(c: TrainConfig) -> None:
         elif dist.get_global_rank() == 0:
             print(f"{c.name} has made {done} steps already, of {c.schedule.steps} asked for: nothing to train")
         measured = evaluation.latest if evaluation else {}
-        publish(c, ema, int(trainer.state.timestamp.batch), manifests, tracking, measured)
+        weights = checkpoint.gather(ema.averaged(trainer.state.model))
+        publish(c, weights, int(trainer.state.timestamp.batch), manifests, tracking, measured)
     except BaseException as error:
         tracking.end("KILLED" if isinstance(error, Preempted) else "FAILED")
         trainer.close()
@@ -187,7 +198,6 @@ def publish(
     c: TrainConfig, ema: EMA, step: int, manifests: dict[str, Manifest], tracking: Tracking, metrics: dict[str, float]
 ) -> None:
     """Write the artefact with the EMA weights, and register it if the config says so."""
-    weights = checkpoint.gather(ema.weights)
     if dist.get_global_rank() != 0:
         return
     folder = Path(c.folder, c.name, f"model-step-{step:07d}")

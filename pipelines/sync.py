@@ -6,14 +6,17 @@ rest; so does the next start of the run.
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 
+from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
 from model import command, registry, resume
 from model.config import RunError, UserError
+from model.journal import Journal
+from model.registry import TrackingConfig
+from model.tracking import Sender, set_up_client
 
 
 def sync(folder: Path, uri: str | None) -> None:
@@ -23,18 +26,14 @@ def sync(folder: Path, uri: str | None) -> None:
         UserError: no run with a journal there, or it is training.
         RunError: MLflow cannot be reached; what was sent is sent.
     """
-    from mlflow.exceptions import MlflowException
-
-    from model.tracking import Journal, Sender, set_up_client
-
     if not (folder / "tracking" / "run.json").is_file():
         raise UserError(f"{folder}: no run that logged to MLflow; name the folder that holds its checkpoints")
     lock = resume.claim(folder, seconds=0)
+    journal = Journal(folder / "tracking")
+    name, destination = journal.described()
+    config = TrackingConfig(**destination | ({"uri": uri} if uri else {}))
+    set_up_client(config.uri)
     try:
-        journal = Journal(folder / "tracking")
-        config, name = journal.described()
-        config = replace(config, uri=uri or config.uri)
-        set_up_client(config.uri)
         with tqdm(desc=name, unit=" records") as bar:
             Sender(config, name, journal).send(bar.update)
     except (MlflowException, SQLAlchemyError, OSError) as error:

@@ -45,11 +45,13 @@ def test_what_is_logged_of_an_interval() -> None:
 
     logged: list[dict[str, float]] = []
     logger: Any = SimpleNamespace(log_metrics=logged.append)
-    packed = {"videos": torch.empty(3, 16, 2, 2, 3), "images": torch.empty(2, 1, 2, 2, 3)}
+    rates = torch.tensor([24.0, float("inf"), 8.0, float("inf"), 24.0])
+    packed = {"videos": torch.empty(3, 16, 2, 2, 3), "images": torch.empty(2, 1, 2, 2, 3), "frame_rate": rates}
     state: Any = SimpleNamespace(
         timestamp=SimpleNamespace(batch=0), device=DeviceCPU(), optimizers=[optimizer], batch=packed
     )  # fmt: skip
-    callback = Telemetry(TelemetryConfig(every=2), SimpleNamespace(gradient_norm=0.25))  # type: ignore[arg-type]
+    guard: Any = SimpleNamespace(gradient_norm=0.25)
+    callback = Telemetry(TelemetryConfig(every=2), guard, (24.0, 24.0, 12.0, 8.0))
     begin = time.perf_counter()
     for step in (1, 2):
         callback.before_dataloader(state, logger)
@@ -64,6 +66,8 @@ def test_what_is_logged_of_an_interval() -> None:
     assert len(logged) == 1
     found = logged[0]
     assert found["optimizer/gradient_norm"] == 0.25
+    shares = {rate: found[f"data/share_of_videos_at_{rate}_fps"] for rate in (24, 12, 8)}
+    assert shares == pytest.approx({24: 2 / 3, 12: 0, 8: 1 / 3})
     assert found["optimizer/trust_ratio_p50"] == pytest.approx(10, rel=1e-3)
     assert found["optimizer/trust_ratio_p05"] == pytest.approx(1, rel=1e-3)
     assert found["optimizer/trust_ratio_p95"] == pytest.approx(19, rel=1e-3)
