@@ -38,9 +38,9 @@ class EMAConfig:
 
 
 class EMA(Callback):
-    """Averages the model's parameters after each optimiser step.
+    """Averages the parameters that train, after each optimiser step.
 
-    ``weights`` maps parameter names to averages, of the parameters' own kind (DTensor under FSDP2); ``others`` has more such maps
+    ``weights`` maps their names to averages, of the parameters' own kind (DTensor under FSDP2); ``others`` has more such maps
     by half-life. Who keeps a step from the weights sets ``rest``, and the averages stay as they are once.
     """
 
@@ -63,7 +63,7 @@ class EMA(Callback):
         if self.rest:
             self.rest = False
             return
-        current = dict(state.model.named_parameters())
+        current = _trained(state.model)
         shards = [local_shard(p) for p in current.values()]
         for half_life, weights in {self.config.half_life: self.weights, **self.others}.items():
             decay = self.config.decay(int(state.timestamp.batch), half_life)  # batch_end comes after the count is raised
@@ -79,6 +79,11 @@ class EMA(Callback):
         finally:
             self._exchange(model, weights)
 
+    def averaged(self, model: nn.Module) -> dict[str, Tensor]:
+        """All parameters of ``model`` by name: averages of those that train, and the others, which are their own average."""
+        _reshard(model)
+        return {name: self.weights.get(name, p) for name, p in model.named_parameters()}
+
     def state_dict(self) -> dict[str, Any]:
         others = {f"weights_{half_life:.10g}": weights for half_life, weights in self.others.items()}
         return {"weights": self.weights, **others}
@@ -92,17 +97,25 @@ class EMA(Callback):
 
     def _start(self, model: nn.Module) -> None:
         def copy() -> dict[str, Tensor]:
-            return {name: p.detach().clone() for name, p in model.named_parameters()}
+            return {name: p.detach().clone() for name, p in _trained(model).items()}
 
         self.weights, self.others = copy(), {half_life: copy() for half_life in self.config.others}
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass that no backward pass follows leaves the outermost weights gathered
-        for name, p in model.named_parameters():
+        _reshard(model)
+        for name, p in _trained(model).items():
             own, average = local_shard(p), local_shard(weights[name])
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass that no backward pass follows leaves the outermost weights gathered

@@ -28,7 +28,8 @@ OptimizerConfig = LAMBConfig | AdamConfig
 
 
 def build(params: Iterable[Tensor], config: OptimizerConfig) -> Optimizer:
-    """The configured optimiser; both are exact under sharding."""
+    """The configured optimiser of those parameters that train; both are exact under sharding."""
+    params = [p for p in params if p.requires_grad]
     if isinstance(config, LAMBConfig):
         return LAMB(params, config)
     # The implementation that GPUs would choose, named so that what is planned on the meta device is what runs.

@@ -195,9 +195,14 @@ def train(c: TrainConfig) -> None:
 
 
 def publish(
-    c: TrainConfig, ema: EMA, step: int, manifests: dict[str, Manifest], tracking: Tracking, metrics: dict[str, float]
+    c: TrainConfig,
+    weights: dict[str, torch.Tensor],
+    step: int,
+    manifests: dict[str, Manifest],
+    tracking: Tracking,
+    metrics: dict[str, float],
 ) -> None:
-    """Write the artefact with the EMA weights, and register it if the config says so."""
+    """Write the artefact with the EMA ``weights``, and register it if the config says so."""
     if dist.get_global_rank() != 0:
         return
     folder = Path(c.folder, c.name, f"model-step-{step:07d}")

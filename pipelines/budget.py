@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from model import optimizers
+from model import finetuning, optimizers
 from model.config import UserError
 from model.data import batch, dataset
 from model.denoiser import Denoiser
@@ -33,9 +33,12 @@ class Parameters:
     """Numbers of weights."""
 
     total: int
+    trained: int  # of these; all where finetune names no part
     components: dict[str, int]  # by part of the network; parts of repeated blocks are summed over the blocks
     largest_unit: int  # weights of the largest block that FSDP2 gathers at once
     root_unit: int  # weights outside of such blocks, which stay gathered
+    largest_unit_trained: int  # of a block, the most that train
+    root_unit_trained: int
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Memory:
     """Bytes on one GPU."""
 
     weights: int  # sharded, float32
-    gradients: int  # the same
-    moments: int  # the same, twice: the optimiser's
-    average: int  # the same for each half-life: the EMA
+    gradients: int  # the same, of what trains
+    moments: int  # twice that: the optimiser's
+    average: int  # once for each half-life: the EMA
     state: int  # the four
     gathered: int  # FSDP2's whole copies in the compute dtype: the root, the block at work, the one fetched ahead
     reducing: int  # whole gradients of the root and of the block at work, and the float32 buffer of a reduction
@@ -133,9 +136,10 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
         raise UserError(f"gpus and gpu-memory must be positive, got {gpus} and {gpu_memory:g}")
     mix = dataset.mixture(c.data, c.global_batch, gpus)
     microbatch = min(c.microbatch or mix.size, mix.size)
-    model = Denoiser(c.model, "meta")
+    model = _build(c)
     parameters = _parameters(model)
     shard = sum(FLOAT32 * _largest_shard(p, gpus) for p in model.parameters())
+    trained = sum(FLOAT32 * _largest_shard(p, gpus) for p in model.parameters() if p.requires_grad)
     optimizer = _count_optimizer(model, c.optimizer)
     tokens: dict[str, int] = dict(getattr(c.model.network, "tokens", {}))
     try:
@@ -152,7 +156,7 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
         step=one.first_pass + one.forward + one.backward + one.recomputation,
     )
     local_batch = sum(tensor.nbytes for tensor in tree_leaves(_packed(c, mix.videos, mix.images)) if isinstance(tensor, Tensor))
-    memory = _memory(c, parameters, shard, optimizer, local_batch, one, one if microbatch == 1 else other)
+    memory = _memory(c, parameters, shard, trained, optimizer, local_batch, one, one if microbatch == 1 else other)
     usable = round(gpu_memory * GIB * (1 - HEADROOM))
     room = usable - (memory.training - memory.activations) - one.peak  # for samples after the first
     largest = min(mix.size, max(0, 1 + math.floor(room * (second - 1) / (other.peak - one.peak))))
@@ -173,6 +177,13 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
     )
 
 
+def _build(c: TrainConfig) -> Denoiser:
+    model = Denoiser(c.model, "meta")
+    if c.finetune:
+        finetuning.prepare(model, c.finetune)
+    return model
+
+
 def _parameters(model: Denoiser) -> Parameters:
     components: dict[str, int] = {}
     for name, p in model.named_parameters():
@@ -181,13 +192,17 @@ def _parameters(model: Denoiser) -> Parameters:
         components[component] = components.get(component, 0) + p.numel()
     units = fsdp_units(model)
     owner = {p: unit for unit in units for p in unit.parameters()}  # an outer unit comes before those within, which take over
-    sizes = {unit: sum(p.numel() for p, its in owner.items() if its is unit) for unit in units}
+    held = {unit: finetuning.Share.of(p for p, its in owner.items() if its is unit) for unit in units}
     roots = set(model.children())
+    root, blocks = [share for unit, share in held.items() if unit in roots], [s for unit, s in held.items() if unit not in roots]
     return Parameters(
         total=sum(components.values()),
+        trained=finetuning.Share.of(model.parameters()).trained,
         components=components,
-        root_unit=sum(size for unit, size in sizes.items() if unit in roots),
-        largest_unit=max((size for unit, size in sizes.items() if unit not in roots), default=0),
+        root_unit=sum(share.total for share in root),
+        largest_unit=max((share.total for share in blocks), default=0),
+        root_unit_trained=sum(share.trained for share in root),
+        largest_unit_trained=max((share.trained for share in blocks), default=0),
     )
 
 
@@ -198,7 +213,7 @@ def _largest_shard(p: Tensor, gpus: int) -> int:
 
 @dataclass(frozen=True)
 class _OptimizerCount:
-    """Bytes per byte of weights."""
+    """Bytes per byte of weights that train."""
 
     state: float
     temporaries: float
@@ -206,21 +221,22 @@ class _OptimizerCount:
 
 def _count_optimizer(model: Denoiser, config: OptimizerConfig) -> _OptimizerCount:
     """Run the optimiser's first step on meta tensors, which makes its state before all else."""
-    optimizer = optimizers.build(model.parameters(), config)
-    gradients = [torch.empty_like(p) for p in model.parameters()]
-    for p, gradient in zip(model.parameters(), gradients, strict=True):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizers.build(trained, config)
+    gradients = [torch.empty_like(p) for p in trained]
+    for p, gradient in zip(trained, gradients, strict=True):
         p.grad = gradient
     meter = Meter()
-    meter.ignore([*model.parameters(), *gradients])
+    meter.ignore([*trained, *gradients])
     with meter:
         optimizer.step()
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(p.nbytes for p in trained)
     return _OptimizerCount(meter.live / weights, (meter.peak - meter.live) / weights)
 
 
 def _count_step(c: TrainConfig, samples: int, tokens: dict[str, int]) -> StepCount:
     """Count a pass of ``samples`` videos; the number of conditioning tokens goes into ``tokens``."""
-    model = Denoiser(c.model, "meta")
+    model = _build(c)
     for module in model.modules():
         if isinstance(module, ConditioningTokens):
             module.register_forward_hook(lambda _module, _inputs, output: tokens.update(conditioning=output[0].shape[1]))
@@ -254,23 +270,24 @@ def _memory(
     c: TrainConfig,
     parameters: Parameters,
     shard: int,
+    trained: int,
     optimizer: _OptimizerCount,
     local_batch: int,
     one: StepCount,
     microbatch: StepCount,
 ) -> Memory:
     compute = torch.empty(0, dtype=compute_dtype(c.precision)).element_size()
-    root, largest = parameters.root_unit, parameters.largest_unit
-    gathered = compute * (root + 2 * largest)
+    gathered = compute * (parameters.root_unit + 2 * parameters.largest_unit)
+    root, largest = parameters.root_unit_trained, parameters.largest_unit_trained
     reducing = compute * (root + largest) + FLOAT32 * max(root, largest)
-    moments, temporaries = round(shard * optimizer.state), round(shard * optimizer.temporaries)
-    average = shard * (1 + len(c.ema.others))
-    state = 2 * shard + moments + average
+    moments, temporaries = round(trained * optimizer.state), round(trained * optimizer.temporaries)
+    average = trained * (1 + len(c.ema.others))
+    state = shard + trained + moments + average
     training = state + gathered + reducing + local_batch + microbatch.peak
     update = state + local_batch + temporaries
     return Memory(
         weights=shard,
-        gradients=shard,
+        gradients=trained,
         moments=moments,
         average=average,
         state=state,

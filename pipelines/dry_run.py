@@ -146,7 +146,7 @@ def count_step(model: ComposerModel, inputs: Callable[[], Any], precision: Preci
     model.to(compute)
     parameters = list(model.parameters())
     hooks = [unit.register_forward_pre_hook(partial(_cast_inputs, compute), with_kwargs=True) for unit in fsdp_units(model)]
-    hooks += [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters]
+    hooks += [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters if p.requires_grad]
     meter = Meter()
     meter.ignore(parameters)
     try:

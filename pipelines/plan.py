@@ -46,7 +46,8 @@ def table(b: Budget) -> str:
 
 def _parameters(p: Parameters) -> list[Row]:
     parts = [(part, _number(size), f"{size / p.total:.1%}") for part, size in p.components.items()]
-    return [*parts, ("total", _number(p.total), f"{p.total:,}")]
+    trained = [] if p.trained == p.total else [("trained", _number(p.trained), f"{p.trained / p.total:.2%}")]
+    return [*parts, ("total", _number(p.total), f"{p.total:,}"), *trained]
 
 
 def _computation(c: Computation) -> list[Row]:

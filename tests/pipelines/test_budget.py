@@ -41,6 +41,24 @@ def test_shipped_training_yamls_load_and_are_counted(path: Path) -> None:
     assert m.total == max(m.training, m.update) > m.state > 0
 
 
+FINETUNES = sorted(path.name for path in YAMLS.glob("finetune*.yaml"))
+
+
+@pytest.mark.parametrize("name", FINETUNES)
+def test_a_frozen_part_costs_its_weights_alone(name: str) -> None:
+    """Against training all of the same network, on as many GPUs, in the same microbatch."""
+    part, whole = count(YAMLS / name), count(YAMLS / name, "finetune=null", "initialise_from=null")
+    p, m, all_of_it = part.parameters, part.memory, whole.memory
+    assert p.trained < 0.3 * p.total and whole.parameters.trained == whole.parameters.total
+    shard = FLOAT32 * p.trained / 8  # rows that do not divide by 8 leave some more to the first GPU
+    assert shard <= m.gradients == m.average < 1.01 * shard + 10_000
+    assert m.moments == pytest.approx(2 * m.gradients, rel=1e-4)  # and some scalars
+    assert m.state == m.weights + m.gradients + m.moments + m.average
+    assert m.weights == pytest.approx(all_of_it.weights, rel=0.02)  # adapters come on top
+    assert m.reducing < all_of_it.reducing and m.optimizer < 0.5 * all_of_it.optimizer
+    assert part.computation.backward < whole.computation.backward and m.total < all_of_it.total
+
+
 @pytest.mark.parametrize(("name", "published"), [("stage1_500m", 0.50e9), ("stage1", 3.92e9), ("stage2", 3.92e9)])
 def test_sizes_are_the_published_ones(name: str, published: float) -> None:
     assert count(YAMLS / f"{name}.yaml").parameters.total == pytest.approx(published, rel=0.02)  # Table 8

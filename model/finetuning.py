@@ -1,0 +1,95 @@
+"""Train part of a published model, the rest of which stays as it is to the bit.
+
+Patterns are those of a shell, over the names of parameters within the network (``blocks.0.read.query.weight``): ``*`` also spans
+dots.
+What does not train takes no gradient, no optimiser state and no average.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from model.checkpoint import PREFIX
+from model.config import UserError
+from model.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What of the network trains: what matches a pattern of ``trainable`` and none of ``freeze``."""
+
+    trainable: tuple[str, ...] = ("*",)
+    freeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a network trains."""
+
+    trained: int  # parameters
+    total: int
+
+    @classmethod
+    def of(cls, params: Iterable[Tensor]) -> "Share":
+        """Count ``params``."""
+        counts = [(p.numel(), p.requires_grad) for p in params]
+        return cls(sum(size for size, trains in counts if trains), sum(size for size, _ in counts))
+
+    def __str__(self) -> str:
+        return f"trains {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.2%})"
+
+
+def prepare(denoiser: Denoiser, config: FinetuneConfig, new: Collection[str] = ()) -> Share:
+    """Freeze what is not to train. Call it before sharding, on every process, which may hold the network on the meta device.
+
+    Args:
+        denoiser: changed in place.
+        config: what trains.
+        new: names of the denoiser's parameters that the published model had nothing for (``checkpoint.Transfer.new``).
+
+    Raises:
+        UserError: a pattern that matches nothing, nothing left to train, or frozen parameters without published values.
+    """
+    own = dict(denoiser.network.named_parameters())
+    chosen = matching(own, config.trainable, "finetune.trainable") - matching(own, config.freeze, "finetune.freeze")
+    if not chosen:
+        raise UserError("finetune: nothing is left to train: finetune.freeze names all of finetune.trainable")
+    if random := [name.removeprefix(PREFIX) for name in new if name.removeprefix(PREFIX) not in chosen]:
+        raise UserError(
+            f"finetune: {random[0]}, one of {len(random)} parameters that the published model lacks, would stay random: "
+            "let it train (finetune.trainable), or start from a model that has it"
+        )
+    for name, p in own.items():
+        p.requires_grad_(name in chosen)
+    return Share.of(denoiser.parameters())
+
+
+def matching(names: Iterable[str], patterns: Iterable[str], key: str) -> set[str]:
+    """The names that match any of the patterns.
+
+    Args:
+        names: dotted.
+        patterns: each must match something.
+        key: of the config, for errors.
+
+    Raises:
+        UserError: a pattern that matches nothing; names the nearest.
+    """
+    names, found = list(names), set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            near = ", ".join(_near(pattern, names))
+            raise UserError(f"{key}: {pattern!r} matches no name in the network; the nearest are {near}")
+        found |= matched
+    return found
+
+
+def _near(pattern: str, names: list[str]) -> list[str]:
+    """Names, and patterns of whole modules, that look like a pattern."""
+    parts = [name.split(".") for name in names]
+    modules = {".".join(path[:depth]) + ".*" for path in parts for depth in range(1, len(path))}
+    return difflib.get_close_matches(pattern, [*names, *sorted(modules)], n=3, cutoff=0.0)
