@@ -7,13 +7,15 @@ import dataclasses
 import functools
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
 
+from dataprep import scores
 from dataprep.clips import ClipConfig, Shown
 from dataprep.geometry import Size
+from dataprep.scores import Scores
 from model.data.schema import FrameFormat
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -68,6 +70,7 @@ class Clip:
     number: int  # within the source
     start_seconds: float  # after the first frame of the source
     stages: tuple[Packed, ...]  # in the order of the configured stages
+    scores: Scores
 
 
 def encode_frame(image: np.ndarray, stage: StageConfig) -> bytes:
@@ -87,32 +90,44 @@ def pack(frames: list[bytes]) -> Packed:
 def pack_clips(shown: Iterable[Shown], stages: tuple[StageConfig, ...], config: ClipConfig) -> list[Clip]:
     """Cut what ``clips.read_video`` yields into clips of ``clip_frames``; a remainder below ``min_frames`` is dropped.
 
-    Every picture is encoded once, however often it repeats; only encoded frames are held.
+    Every picture is encoded once, however often it repeats; only encoded frames and the small probes are held.
     """
-    clips: list[Clip] = []
-    pending: list[list[bytes]] = [[] for _ in stages]
-
-    def finish() -> None:
-        if len(pending[0]) >= config.min_frames:
-            start = len(clips) * config.clip_frames / config.frame_rate
-            clips.append(Clip(len(clips), start, tuple(pack(frames) for frames in pending)))
-        for frames in pending:
-            frames.clear()
-
+    encoded: list[list[bytes]] = [[] for _ in stages]
+    probes: list[np.ndarray] = []
+    largest = max(range(len(stages)), key=lambda n: stages[n].height * stages[n].width)
+    step = min(max(1, round(config.frame_rate)), config.min_frames)  # every clip then has a frame whose sharpness is known
+    sharpness: dict[int, float] = {}
     for picture in shown:
-        encoded = [encode_frame(image, stage) for image, stage in zip(picture.images, stages, strict=True)]
-        for _ in range(picture.repeats):
-            for frames, data in zip(pending, encoded, strict=True):
-                frames.append(data)
-            if len(pending[0]) == config.clip_frames:
-                finish()
-    finish()
+        begin, end = len(probes), len(probes) + picture.repeats
+        grey = scores.grey(picture.images[largest])
+        for number in range(-(-begin // step) * step, end, step):
+            sharpness[number] = scores.sharpness(grey)
+        probes += [scores.probe(grey)] * picture.repeats
+        for frames, image, stage in zip(encoded, picture.images, stages, strict=True):
+            frames += [encode_frame(image, stage)] * picture.repeats
+    clips = []
+    for number, (begin, end) in enumerate(spans(len(probes), config)):
+        sharpest = max(value for frame, value in sharpness.items() if begin <= frame < end)
+        found = scores.score(probes[begin:end], config.frame_rate, sharpest)
+        packed = tuple(pack(frames[begin:end]) for frames in encoded)
+        clips.append(Clip(number, begin / config.frame_rate, packed, found))
     return clips
+
+
+def spans(frames: int, config: ClipConfig) -> Iterator[tuple[int, int]]:
+    """The first frame and the end of each clip."""
+    for begin in range(0, frames, config.clip_frames):
+        end = min(begin + config.clip_frames, frames)
+        if end - begin >= config.min_frames:
+            yield begin, end
 
 
 def pack_image(images: list[np.ndarray], stages: tuple[StageConfig, ...]) -> Clip:
     """An image as a clip of one frame."""
-    return Clip(0, 0.0, tuple(pack([encode_frame(image, stage)]) for image, stage in zip(images, stages, strict=True)))
+    packed = tuple(pack([encode_frame(image, stage)]) for image, stage in zip(images, stages, strict=True))
+    grey = scores.grey(max(images, key=lambda image: image.size))
+    found = scores.score([scores.probe(grey)], 1, scores.sharpness(grey))
+    return Clip(0, 0.0, packed, found)
 
 
 def encode_captions(captions: Iterable[str], config: TextConfig) -> dict[str, np.ndarray]:

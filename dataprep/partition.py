@@ -8,12 +8,13 @@ from typing import Any
 import av
 import numpy as np
 
-from dataprep import clips, encode, ingest, shards
+from dataprep import clips, encode, ingest, selection, shards
 from dataprep.clips import ClipConfig, Facts
 from dataprep.encode import Clip, StageConfig, TextConfig
 from dataprep.filters import FilterConfig, Rejected
 from dataprep.ingest import Item
-from dataprep.shards import Account, PartSummary, PartWriter, ShardConfig
+from dataprep.selection import SelectConfig
+from dataprep.shards import Account, ClipRow, PartSummary, PartWriter, ShardConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,11 @@ class Prepared:
     facts: Facts
 
 
-def process(recipe: Recipe, workspace: str, part: int, on_item: Callable[[Account], None]) -> PartSummary:
+def process(recipe: Recipe, select: SelectConfig, workspace: str, part: int, on_item: Callable[[Account], None]) -> PartSummary:
     """Prepare the items of partition ``part`` and commit them. Bad items become accounts with a reason; anything else that goes
-    wrong (no space left, a bug) is raised, leaves nothing behind, and is for Spark to try again."""
+    wrong (no space left, a bug) is raised, leaves nothing behind, and is for Spark to try again.
+
+    ``select`` only decides into which files a clip goes, so that the shards of what will be kept need not be written again."""
     av.logging.set_level(av.logging.PANIC)  # what matters is raised
     writer = PartWriter(Path(workspace), part, recipe.shards)
     try:
@@ -50,7 +53,7 @@ def process(recipe: Recipe, workspace: str, part: int, on_item: Callable[[Accoun
         captions = [_caption(item) for item in items]
         states = encode.encode_captions([caption for caption in captions if isinstance(caption, str)], recipe.text)
         for item, caption in zip(items, captions, strict=True):
-            account = _item(item, caption, recipe, states, writer)
+            account = _item(item, caption, recipe, select, states, writer)
             writer.account(account)
             on_item(account)
         return writer.commit()
@@ -85,7 +88,14 @@ def _caption(item: Item) -> str | Rejected:
         return rejected
 
 
-def _item(item: Item, caption: str | Rejected, recipe: Recipe, states: dict[str, np.ndarray], writer: PartWriter) -> Account:
+def _item(
+    item: Item,
+    caption: str | Rejected,
+    recipe: Recipe,
+    select: SelectConfig,
+    states: dict[str, np.ndarray],
+    writer: PartWriter,
+) -> Account:
     try:
         if isinstance(caption, Rejected):
             raise caption
@@ -99,9 +109,21 @@ def _item(item: Item, caption: str | Rejected, recipe: Recipe, states: dict[str,
     source = prepared.facts.source
     assert source is not None
     for clip in prepared.clips:
+        key, frames = f"{item.key}:{clip.number}", len(clip.stages[0].frame_ends)
+        aside = selection.fault(item.kind, clip.scores, select) is not None
+        row = ClipRow(
+            key=key,
+            item=item.key,
+            kind=item.kind,
+            caption=caption,
+            frames=frames,
+            start_seconds=clip.start_seconds,
+            **dataclasses.asdict(clip.scores),
+        )
+        writer.clip(row, aside)
         for stage, packed in zip(recipe.stages, clip.stages, strict=True):
             sample: dict[str, Any] = {
-                "key": f"{item.key}:{clip.number}",
+                "key": key,
                 "caption": caption,
                 "frames": packed.frames,
                 "frame_ends": packed.frame_ends,
@@ -110,7 +132,7 @@ def _item(item: Item, caption: str | Rejected, recipe: Recipe, states: dict[str,
                 "source_width": source.width,
                 "text": states[caption],
             }
-            writer.write(f"{stage.name}/{item.kind}s", sample)
+            writer.write(f"{stage.name}/{item.kind}s", sample, aside)
     return Account(
         item.key,
         item.kind,

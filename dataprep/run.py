@@ -4,7 +4,8 @@ The only file that knows Spark, but for daemon.py, where its workers come from. 
 
     list      inputs                 -> items.parquet, a row group per partition     here, names and headers only
     prepare   a row group, the media -> a committed part: shards and accounts        a Spark task per partition
-    assemble  all parts              -> datasets with index, manifest and accounts   here, moves and small files only
+    gather    all parts              -> the pool of all decoded clips                here, moves and small files only
+    select    the pool               -> datasets with index, manifest and accounts   here, links; copies of some shards
 
 Spark carries partition numbers to the workers and a few counts back; everything else goes through the file system.
 """
@@ -26,9 +27,10 @@ from py4j.protocol import Py4JJavaError
 from pyspark import InheritableThread, SparkConf, SparkContext
 from tqdm import tqdm
 
-from dataprep import daemon, ingest, partition, shards
+from dataprep import daemon, ingest, partition, selection, shards
 from dataprep.encode import StageConfig
 from dataprep.partition import Recipe
+from dataprep.selection import SelectConfig
 from dataprep.shards import Account, Outcome, PartSummary
 from model import command, config
 from model.config import UserError
@@ -62,7 +64,8 @@ class DataprepConfig(Recipe):
     """The whole job."""
 
     inputs: tuple[str, ...]  # folders with sidecars, WebDataset .tar files, .parquet manifests
-    output: str  # becomes a folder: STAGE/videos, STAGE/images, items.parquet, rejects.parquet
+    output: str  # becomes a folder: STAGE/videos, STAGE/images, items.parquet, clips.parquet ...
+    select: SelectConfig = dataclasses.field(default_factory=SelectConfig)  # can change without decoding again
     overwrite: bool = False  # replace an output that another config or other inputs made
     items_per_partition: int = 64  # what a task does, and what is lost when it dies
     spark: SparkOptions = dataclasses.field(default_factory=SparkOptions)
@@ -104,28 +107,37 @@ def run(c: DataprepConfig) -> None:
         listing = Path(folder, shards.ITEMS_NAME)
         job = _list(c, listing, revision)
         print(f"dataprep: {job.items} items in {job.parts} partitions -> {output}", flush=True)
-        if existing and existing["digest"] == job.digest:
+        decoded = existing is not None and existing["digest"] == job.digest
+        if existing and decoded and existing["select"] == config.to_tree(c.select):
             print("dataprep: complete already, made by this config from these inputs; nothing to do")
             _report(output, existing["outcome"])
             return
         if existing and not c.overwrite:
-            raise _taken(output)
+            raise _taken(output, decoded)
         workspace = shards.workspace_of(output, job.digest)
         with shards.locked(workspace):
             listing.replace(workspace / shards.ITEMS_NAME)
-            outcome = _prepare_and_assemble(c, job, workspace, output)
+            if decoded:
+                print("dataprep: decoded before; only selects anew", flush=True)
+                selection.link_pool(output, workspace / "finished")
+            else:
+                _prepare_and_gather(c, job, workspace)
+            outcome = _select(c, job, workspace / "finished")
+            if not c.overwrite and shards.describe_output(output):  # another job was faster
+                raise _taken(output, decoded=False)
+            shards.swap_in(workspace, output)
     _report(output, outcome)
 
 
 def _list(c: DataprepConfig, listing: Path, revision: str) -> Job:
     items = tqdm(ingest.list_items(c.inputs), "list inputs", unit=" items", leave=False, delay=1)
     count, items_digest = ingest.write_items(items, listing, c.items_per_partition)
-    identity = [SCHEMA_VERSION, config.to_tree(c.recipe), c.items_per_partition, revision, items_digest]
+    identity = [SCHEMA_VERSION, shards.POOL_VERSION, config.to_tree(c.recipe), c.items_per_partition, revision, items_digest]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Job(count, -(-count // c.items_per_partition), digest, revision)
 
 
-def _prepare_and_assemble(c: DataprepConfig, job: Job, workspace: Path, output: Path) -> Outcome:
+def _prepare_and_gather(c: DataprepConfig, job: Job, workspace: Path) -> None:
     begin = time.monotonic()
     shutil.rmtree(workspace / "attempts", ignore_errors=True)  # of tasks that died with an earlier run
     missing = shards.missing_parts(workspace, job.parts)
@@ -133,7 +145,12 @@ def _prepare_and_assemble(c: DataprepConfig, job: Job, workspace: Path, output: 
         print(f"dataprep: goes on with {job.parts - len(missing)} of {job.parts} partitions done before", flush=True)
     if missing:
         _prepare(c, workspace, missing, min(job.items, len(missing) * c.items_per_partition))
+    with tqdm(total=job.parts, desc="gather", unit=" partitions", leave=False, delay=1) as bar:
+        shards.gather(workspace, job.parts, bar.update)
+    print(f"dataprep: decoded in {time.monotonic() - begin:.0f} s")
 
+
+def _select(c: DataprepConfig, job: Job, finished: Path) -> Outcome:
     def manifest(kind: Kind, stage: StageConfig, samples: int, text_width: int) -> Manifest:
         videos = kind == "videos"
         return Manifest(
@@ -149,20 +166,16 @@ def _prepare_and_assemble(c: DataprepConfig, job: Job, workspace: Path, output: 
         )
 
     origin = {"digest": job.digest, "config": config.to_tree(c)}
-    with tqdm(total=job.parts, desc="assemble", unit=" partitions", leave=False, delay=1) as bar:
-        outcome = shards.assemble(workspace, job.parts, c.stages, manifest, origin, bar.update)
-    if outcome.kept + outcome.rejected != job.items:
-        raise RuntimeError(f"{job.items} inputs, but {outcome.kept} kept and {outcome.rejected} rejected")
-    if not c.overwrite and shards.describe_output(output):  # another job was faster
-        raise _taken(output)
-    shards.swap_in(workspace, output)
-    print(f"dataprep: done in {time.monotonic() - begin:.0f} s")
+    outcome = selection.select(finished, c.select, c.stages, c.shards, manifest, origin)
+    if outcome.kept + outcome.filtered + outcome.rejected != job.items:
+        told = f"{outcome.kept} kept, {outcome.filtered} filtered and {outcome.rejected} rejected"
+        raise RuntimeError(f"{job.items} inputs, but {told}")
     return outcome
 
 
 def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int) -> None:
     """Run the missing partitions as one Spark job."""
-    recipe, folder = c.recipe, str(workspace)
+    recipe, select, folder = c.recipe, c.select, str(workspace)
     if Path(recipe.text.path).is_dir():  # workers may run elsewhere than here
         recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, path=str(Path(recipe.text.path).absolute())))
     workers = {daemon.TEXT_PATH: recipe.text.path, daemon.MAX_TOKENS: str(recipe.text.max_tokens)}
@@ -176,7 +189,7 @@ def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int)
                 clips.add(account.clips)
 
             for part in parts:
-                yield partition.process(recipe, folder, part, count)
+                yield partition.process(recipe, select, folder, part, count)
 
         job = spark.parallelize(missing, len(missing)).mapPartitions(task)
         failure: list[BaseException] = []
@@ -267,7 +280,10 @@ def _text_revision(path: str) -> str:
     return text.revision(path)
 
 
-def _taken(output: Path) -> UserError:
+def _taken(output: Path, decoded: bool) -> UserError:
+    if decoded:
+        told = "overwrite=true selects anew from what is decoded"
+        return UserError(f"output: {output} is complete, with clips selected by other thresholds; {told}")
     return UserError(
         f"output: {output} is complete, but made by another config or from other inputs; choose another folder, or overwrite=true"
     )
@@ -281,12 +297,20 @@ def _reason(error: BaseException) -> str:
 
 
 def _report(output: Path, outcome: Outcome) -> None:
-    print(f"dataprep: {outcome.kept + outcome.rejected} inputs = {outcome.kept} kept + {outcome.rejected} rejected")
-    for reason, count in sorted(outcome.reasons.items(), key=lambda pair: (-pair[1], pair[0])):
-        print(f"  {count:6} rejected: {reason}")
+    fates = f"{outcome.kept} kept + {outcome.filtered} filtered + {outcome.rejected} rejected"
+    print(f"dataprep: {outcome.kept + outcome.filtered + outcome.rejected} inputs = {fates}")
+    _counts("rejected", outcome.reasons)
+    clips = outcome.clips_kept + outcome.clips_filtered
+    print(f"dataprep: {clips} clips and images = {outcome.clips_kept} kept + {outcome.clips_filtered} filtered")
+    _counts("filtered", outcome.clip_reasons)
     for dataset, samples in sorted(outcome.samples.items()):
         print(f"  {samples:6} samples in {output / dataset}")
-    print(f"  what became of each input: {output / shards.ITEMS_NAME}; the rejected: {output / shards.REJECTS_NAME}", flush=True)
+    print(f"  what became of each input: {output / shards.ITEMS_NAME}; of each clip: {output / shards.CLIPS_NAME}", flush=True)
+
+
+def _counts(fate: str, reasons: dict[str, int]) -> None:
+    for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0])):
+        print(f"  {count:6} {fate}: {reason}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Finished partitions -> datasets: MDS shards that appear whole or not at all.
+"""Finished partitions -> a pool of MDS shards, from which data sets are selected; a job's output appears whole or not at all.
 
 While a job runs, everything is in a work folder beside the output, named after what the job is to produce::
 
@@ -6,7 +6,8 @@ While a job runs, everything is in a work folder beside the output, named after 
       items.parquet               the list of inputs, one row group per partition
       attempts/ID/                what a running task writes
       parts/part-00007/           a finished task: its attempt, renamed
-      finished/stage1/videos/...  the datasets as they are put together
+      finished/pool/              all parts together: every clip that was decoded, and tables of items and clips
+      finished/stage1/videos/...  the data sets that dataprep/selection.py makes from it
 
 A task that dies leaves an attempt that nobody reads. A job that dies leaves its parts, and the next run goes on from them. The
 finished folder becomes the output by one rename.
@@ -20,24 +21,27 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep.encode import StageConfig
+from dataprep.scores import Scores
 from model.config import UserError
-from model.data.schema import COLUMNS, Kind, Manifest
+from model.data.schema import COLUMNS
 
 JOB_NAME = "job.json"  # in the output: what made it
 PART_NAME = "part.json"  # in a part: its shards, for the index
-ITEMS_NAME = "items.parquet"  # in the output: one row per input item
-REJECTS_NAME = "rejects.parquet"  # the rejected rows of it
+POOL_VERSION = 1  # of what the pool holds: another one decodes again
+POOL_NAME = "pool"  # in the output: every decoded clip
+SHARDS_NAME = "shards.json"  # in the pool: its shards, by data set
+ITEMS_NAME = "items.parquet"  # in the output: one row per input item; in the pool, as it was before selection
+CLIPS_NAME = "clips.parquet"  # likewise: one row per decoded clip
+REJECTS_NAME = "rejects.parquet"  # the items that were not kept
+ASIDE = "-aside"  # ends the name of a folder with the shards of clips that did not pass when they were decoded
 HASHES = ["xxh64"]  # of every shard, in the index
-INDEX_VERSION = 2  # of the MDS format
-KINDS: tuple[Kind, ...] = ("videos", "images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +62,40 @@ class Account:
     key: str
     kind: str
     source: str
-    fate: str  # "kept" or "rejected"
-    reason: str = ""  # of a rejection, one of a few phrases
+    fate: str  # "kept", "filtered" (decoded, but none of its clips was selected) or "rejected"
+    reason: str = ""  # why it was not kept, one of a few phrases
     detail: str = ""
-    clips: int = 0
+    clips: int = 0  # decoded
+    clips_kept: int = 0  # of these; known after selection
     source_height: int = 0  # pixels, upright
     source_width: int = 0
     seconds: float = 0.0  # decoded
     frame_rate: float = 0.0  # of the source, on average
 
 
-ACCOUNT_SCHEMA = pa.schema(
-    [
-        (field.name, {str: pa.string(), int: pa.int32(), float: pa.float64()}[field.type])  # type: ignore[index]
-        for field in dataclasses.fields(Account)
-    ]
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipRow(Scores):
+    """A decoded clip or image, its scores, and where its samples lie."""
+
+    key: str  # of the sample
+    item: str  # key of its item
+    kind: str
+    caption: str
+    frames: int  # stored
+    start_seconds: float  # in its source
+    aside: bool = False  # in which series of shards of its part
+    part: int = 0
+    position: int = 0  # in the series
+
+
+def schema(row: type) -> pa.Schema:
+    """The parquet columns of a dataclass of plain values."""
+    types = {str: pa.string(), int: pa.int32(), float: pa.float64(), bool: pa.bool_()}
+    special = {"phash": pa.uint64()}
+    return pa.schema([(field.name, special.get(field.name, types[field.type])) for field in dataclasses.fields(row)])  # type: ignore[index]
+
+
+ACCOUNT_SCHEMA, CLIP_SCHEMA = schema(Account), schema(ClipRow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +110,19 @@ class PartSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A finished job."""
+    """A finished job. Every item is kept, filtered or rejected; every decoded clip kept or filtered."""
 
     kept: int  # items
+    filtered: int
+    rejected: int
     reasons: dict[str, int]  # of the rejected items
+    clips_kept: int
+    clip_reasons: dict[str, int]  # of the clips that were filtered
     samples: dict[str, int]  # by dataset, "stage1/videos"
 
     @property
-    def rejected(self) -> int:
-        return sum(self.reasons.values())
+    def clips_filtered(self) -> int:
+        return sum(self.clip_reasons.values())
 
 
 class PartWriter:
@@ -110,21 +136,25 @@ class PartWriter:
         self._attempt.mkdir()
         self._writers: dict[str, Any] = {}
         self._accounts: list[Account] = []
+        self._clips: list[ClipRow] = []
+        self._positions: Counter[tuple[str, bool]] = Counter()
         self._samples: Counter[str] = Counter()
         self._text_width = 0
 
-    def write(self, dataset: str, sample: dict[str, Any]) -> None:
-        """Add a sample (schema ``COLUMNS``) to ``dataset``, such as "stage1/videos"."""
-        if dataset not in self._writers:
-            from streaming import MDSWriter  # takes seconds to import; the driver does without
-
-            folder = self._attempt / dataset
-            self._writers[dataset] = MDSWriter(
-                columns=COLUMNS, out=str(folder), hashes=HASHES, size_limit=self._config.size_limit_mb << 20, max_workers=1
-            )
-        self._writers[dataset].write(sample)
+    def write(self, dataset: str, sample: dict[str, Any], aside: bool = False) -> None:
+        """Add a sample (schema ``COLUMNS``) to ``dataset``, such as "stage1/videos", in the order in which clips are added."""
+        folder = f"{dataset}/{series_name(self._part, aside)}"
+        if folder not in self._writers:
+            self._writers[folder] = mds_writer(self._attempt / folder, self._config)
+        self._writers[folder].write(sample)
         self._samples[dataset] += 1
         self._text_width = sample["text"].shape[1]
+
+    def clip(self, row: ClipRow, aside: bool = False) -> None:
+        """Note a clip whose samples are written."""
+        position = self._positions[row.kind, aside]
+        self._positions[row.kind, aside] += 1
+        self._clips.append(dataclasses.replace(row, aside=aside, part=self._part, position=position))
 
     def account(self, row: Account) -> None:
         """Note what became of an item."""
@@ -132,17 +162,12 @@ class PartWriter:
 
     def commit(self) -> PartSummary:
         """Finish the files and make them the result of the partition, unless another attempt was first."""
-        datasets = {}
-        for dataset, writer in self._writers.items():
-            writer.finish()
-            index = self._attempt / dataset / "index.json"
-            shards = json.loads(index.read_text())["shards"]
-            index.unlink()  # a part is no dataset: nothing should take it for one
-            for shard in shards:
-                shard["raw_data"]["basename"] = f"{part_name(self._part)}/{shard['raw_data']['basename']}"
-            datasets[dataset] = [shard for shard in shards if shard["samples"]]  # a sample over the limit may leave an empty one
-        rows = [dataclasses.asdict(row) for row in self._accounts]
-        pq.write_table(pa.Table.from_pylist(rows, ACCOUNT_SCHEMA), self._attempt / ITEMS_NAME)
+        datasets: dict[str, list[dict[str, Any]]] = {}
+        for folder, writer in self._writers.items():
+            dataset = str(Path(folder).parent)
+            datasets.setdefault(dataset, []).extend(finish_series(writer, self._attempt / folder))
+        write_rows(self._attempt / ITEMS_NAME, self._accounts, ACCOUNT_SCHEMA)
+        write_rows(self._attempt / CLIPS_NAME, self._clips, CLIP_SCHEMA)
         (self._attempt / PART_NAME).write_text(json.dumps({"datasets": datasets, "text_width": self._text_width}))
         self._target.parent.mkdir(exist_ok=True)
         try:
@@ -152,15 +177,43 @@ class PartWriter:
                 raise
             shutil.rmtree(self._attempt)  # a speculative or orphaned twin has written the same
         kept = sum(row.fate == "kept" for row in self._accounts)
-        return PartSummary(self._part, len(rows), kept, sum(self._samples.values()))
+        return PartSummary(self._part, len(self._accounts), kept, sum(self._samples.values()))
 
     def abort(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self._attempt, ignore_errors=True)
 
 
+def mds_writer(folder: Path, config: ShardConfig) -> Any:
+    """A writer of samples into shards in ``folder``."""
+    from streaming import MDSWriter  # takes seconds to import; the driver does without
+
+    return MDSWriter(columns=COLUMNS, out=str(folder), hashes=HASHES, size_limit=config.size_limit_mb << 20, max_workers=1)
+
+
+def finish_series(writer: Any, folder: Path) -> list[dict[str, Any]]:
+    """Finish the shards in ``folder`` and return what an index says of them, their names relative to the dataset's folder."""
+    writer.finish()
+    index = folder / "index.json"
+    shards = json.loads(index.read_text())["shards"]
+    index.unlink()  # a series is no dataset: nothing should take it for one
+    for shard in shards:
+        shard["raw_data"]["basename"] = f"{folder.name}/{shard['raw_data']['basename']}"
+    return [shard for shard in shards if shard["samples"]]  # a sample over the limit may leave an empty one
+
+
+def write_rows(path: Path, rows: Iterable[Any], schema: pa.Schema) -> None:
+    """Write dataclasses as a parquet file."""
+    pq.write_table(pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema), path)
+
+
 def part_name(part: int) -> str:
     return f"part-{part:05d}"
+
+
+def series_name(part: int, aside: bool) -> str:
+    """The folder of a part's shards in a dataset."""
+    return part_name(part) + (ASIDE if aside else "")
 
 
 def workspace_of(output: Path, digest: str) -> Path:
@@ -187,7 +240,7 @@ def missing_parts(workspace: Path, parts: int) -> list[int]:
 
 
 def describe_output(output: Path) -> dict[str, Any] | None:
-    """What made ``output``; None if nothing is there.
+    """What made ``output``: "digest", "select" and "outcome"; None if nothing is there.
 
     Raises:
         UserError: something is there that dataprep did not write.
@@ -196,59 +249,34 @@ def describe_output(output: Path) -> dict[str, Any] | None:
         return None
     try:
         job = json.loads((output / JOB_NAME).read_text(encoding="utf-8"))
-        return {"digest": str(job["digest"]), "outcome": Outcome(**job["outcome"])}
+        outcome = job["outcome"] if "select" in job else None  # None: made before there was a selection
+        return {"digest": str(job["digest"]), "select": job.get("select"), "outcome": outcome and Outcome(**outcome)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"output: {output} exists and was not written by dataprep; choose another folder") from error
 
 
-def assemble(
-    workspace: Path,
-    parts: int,
-    stages: tuple[StageConfig, ...],
-    manifest: Callable[[Kind, StageConfig, int, int], Manifest],
-    job: dict[str, Any],
-    progress: Callable[[], object],
-) -> Outcome:
-    """Put the datasets together in ``finished`` from the committed parts. Can be interrupted and repeated.
-
-    Args:
-        manifest: (kind, stage, samples, text width) -> the manifest of a dataset.
-        job: what made the output, for ``job.json``.
-        progress: called once per part.
-
-    Raises:
-        UserError: nothing was kept.
-    """
-    finished = workspace / "finished"
-    finished.mkdir(exist_ok=True)
-    indices: dict[str, list[dict[str, Any]]] = {f"{stage.name}/{kind}": [] for stage in stages for kind in KINDS}
-    text_width, counts, outcome = 0, dict[str, int](), _merge_accounts(workspace, parts, finished)
-    if not outcome.kept:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(outcome.reasons.items()))
-        raise UserError(f"nothing was kept of {outcome.rejected} inputs: {reasons}; {finished / REJECTS_NAME} has the details")
+def gather(workspace: Path, parts: int, progress: Callable[[], object]) -> None:
+    """Put the committed parts together in ``finished/pool``, calling ``progress`` for each. Can be interrupted and repeated."""
+    pool = workspace / "finished" / POOL_NAME
+    pool.mkdir(parents=True, exist_ok=True)
+    text_width, datasets = 0, dict[str, list[dict[str, Any]]]()
     for part in range(parts):
         folder = workspace / "parts" / part_name(part)
         summary = json.loads((folder / PART_NAME).read_text())
         text_width = summary["text_width"] or text_width
         for dataset, shards in summary["datasets"].items():
-            indices[dataset] += shards
-            target = finished / dataset / part_name(part)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (folder / dataset).exists():
-                (folder / dataset).rename(target)
+            datasets.setdefault(dataset, []).extend(shards)
+            (pool / dataset).mkdir(parents=True, exist_ok=True)
+            for aside in (False, True):
+                series = folder / dataset / series_name(part, aside)
+                if series.exists():
+                    series.rename(pool / dataset / series.name)
         progress()
-    for stage in stages:
-        for kind in KINDS:
-            dataset = f"{stage.name}/{kind}"
-            samples = sum(shard["samples"] for shard in indices[dataset])
-            if samples:
-                counts[dataset] = samples
-                manifest(kind, stage, samples, text_width).write(finished / dataset)
-                index = {"version": INDEX_VERSION, "shards": indices[dataset]}
-                (finished / dataset / "index.json").write_text(json.dumps(index, sort_keys=True))
-    outcome = dataclasses.replace(outcome, samples=counts)
-    (finished / JOB_NAME).write_text(json.dumps({**job, "outcome": dataclasses.asdict(outcome)}, indent=2) + "\n")
-    return outcome
+    for name, columns in ((ITEMS_NAME, ACCOUNT_SCHEMA), (CLIPS_NAME, CLIP_SCHEMA)):
+        with pq.ParquetWriter(pool / name, columns) as writer:
+            for part in range(parts):
+                writer.write_table(pq.read_table(workspace / "parts" / part_name(part) / name))
+    (pool / SHARDS_NAME).write_text(json.dumps({"datasets": datasets, "text_width": text_width}))
 
 
 def swap_in(workspace: Path, output: Path) -> None:
@@ -260,22 +288,6 @@ def swap_in(workspace: Path, output: Path) -> None:
         output.rename(replaced)
     (workspace / "finished").rename(output)
     shutil.rmtree(workspace, ignore_errors=True)
-
-
-def _merge_accounts(workspace: Path, parts: int, finished: Path) -> Outcome:
-    kept, reasons = 0, Counter[str]()
-    with (
-        pq.ParquetWriter(finished / ITEMS_NAME, ACCOUNT_SCHEMA) as items,
-        pq.ParquetWriter(finished / REJECTS_NAME, ACCOUNT_SCHEMA) as rejects,
-    ):
-        for part in range(parts):
-            table = pq.read_table(workspace / "parts" / part_name(part) / ITEMS_NAME)
-            rejected = table.filter(pa.compute.equal(table["fate"], "rejected"))
-            items.write_table(table)
-            rejects.write_table(rejected)
-            kept += len(table) - len(rejected)
-            reasons.update(rejected["reason"].to_pylist())
-    return Outcome(kept, dict(reasons), {})
 
 
 def _lock_or_refuse(lock: TextIO, workspace: Path) -> None:

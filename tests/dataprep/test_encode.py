@@ -30,6 +30,7 @@ def test_clips_are_consecutive_and_a_short_rest_is_dropped() -> None:
     clips = encode.pack_clips([shown(n, count) for n, count in enumerate(counts)], (RAW, JPEG), config)
     assert [(clip.number, clip.start_seconds) for clip in clips] == [(0, 0.0), (1, 0.4)]
     for clip, numbers in zip(clips, (expected[:4], expected[4:8]), strict=True):
+        assert clip.scores.brightness == pytest.approx(numbers[:1].mean() / 255)  # two frames per second are looked at
         raw, jpeg = (frames(packed) for packed in clip.stages)
         assert [frame[0] for frame in raw] == list(numbers)
         assert all(len(frame) == 2 * 3 * 3 for frame in raw)

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ stages:
   - {{ name: stage1, height: 18, width: 32, frame_format: raw }}
   - {{ name: stage2, height: 36, width: 64, frame_format: jpeg, jpeg_quality: 95 }}
 clips: {{ frame_rate: 24, clip_frames: 24, min_frames: 12, max_clips_per_video: 3 }}
+select: {{ duplicate_bits: null, max_letterbox: 1 }}
 text: {{ path: {encoder}, max_tokens: 12 }}
 items_per_partition: 2
 spark: {{ master: "local[2,3]" }}
@@ -162,7 +164,7 @@ def test_streaming_reads_every_clip_of_both_stages(finished: Finished, media: An
 
 
 def test_shard_hashes_hold_and_nothing_else_lies_there(finished: Finished) -> None:
-    named = {"items.parquet", "rejects.parquet", "job.json"}
+    named = {"items.parquet", "rejects.parquet", "clips.parquet", "job.json"}
     for dataset in ("stage1/videos", "stage1/images", "stage2/videos", "stage2/images"):
         index = json.loads((finished.output / dataset / "index.json").read_text())
         for shard in index["shards"]:
@@ -172,7 +174,12 @@ def test_shard_hashes_hold_and_nothing_else_lies_there(finished: Finished) -> No
             named.add(f"{dataset}/{raw['basename']}")
         named |= {f"{dataset}/index.json", f"{dataset}/manifest.json"}
     there = {str(path.relative_to(finished.output)) for path in finished.output.rglob("*") if path.is_file()}
-    assert there == named
+    pool = {path.removeprefix("pool/") for path in there if path.startswith("pool/")}
+    assert {path for path in there if not path.startswith("pool/")} == named
+    tables = {"items.parquet", "clips.parquet", "shards.json"}
+    assert pool == {path for path in named if path.endswith(".mds")} | tables  # everything was selected
+    for path in pool - tables:
+        assert (finished.output / path).samefile(finished.output / "pool" / path)
     assert sorted(path.name for path in finished.output.parent.iterdir()) == ["in", "job.yaml", "out"]
 
 
@@ -214,7 +221,7 @@ def test_every_input_is_accounted_for(finished: Finished) -> None:
     kept = {row["key"]: row for row in items if row["fate"] == "kept"}
     assert set(kept) == {f"good{n}" for n in range(GOOD_VIDEOS)} | {f"still{n}" for n in range(GOOD_IMAGES)}
     assert (kept["good1"]["clips"], kept["good1"]["frame_rate"]) == (2, pytest.approx(30, rel=0.01))
-    assert "19 inputs = 12 kept + 7 rejected" in finished.printed
+    assert "19 inputs = 12 kept + 0 filtered + 7 rejected" in finished.printed
     for reason in REASONS.values():
         assert f"1 rejected: {reason}" in finished.printed
 
@@ -262,6 +269,38 @@ def test_bad_input_is_one_line_before_spark_starts(
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert "starting Spark" not in printed.out
+
+
+def test_other_thresholds_select_anew_without_media_or_spark(finished: Finished, tmp_path: Path, capsys: Any) -> None:
+    """Stricter, then as before: the media are gone meanwhile, and the second result is the first one, byte for byte."""
+    shutil.copytree(finished.output, tmp_path / "out")
+    options = [str(finished.yaml), f"output={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as caught:
+        job.main([*options, "select.min_motion=0.3"])
+    assert caught.value.code == 2
+    assert "overwrite=true selects anew" in capsys.readouterr().err
+
+    rows = pq.read_table(finished.output / "clips.parquet").to_pylist()
+    motion = sorted(row["motion"] for row in rows if row["kind"] == "video")
+    limit = motion[len(motion) // 2]
+    expected = {row["key"] for row in rows if row["kind"] == "image" or row["motion"] >= limit}
+    assert 0 < len(rows) - len(expected) < len(rows)
+    job.main([*options, f"select.min_motion={limit}", "overwrite=true"])
+    printed = capsys.readouterr().out
+    assert "starting Spark" not in printed
+    assert f"{len(rows) - len(expected)} filtered: still" in printed
+    strict = content(tmp_path / "out")
+    before = content(finished.output)
+    for stage in ("stage1", "stage2"):
+        assert set(strict[f"{stage}/videos"]) | set(strict[f"{stage}/images"]) == expected
+        assert strict[f"{stage}/videos"].items() <= before[f"{stage}/videos"].items()
+    items = pq.read_table(tmp_path / "out" / "items.parquet").to_pylist()
+    assert all(row["reason"] for row in items if row["fate"] != "kept")
+    assert {row["fate"] for row in items if row["clips"] and not row["clips_kept"]} <= {"filtered"}
+
+    job.main([*options, "overwrite=true"])
+    assert content(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_killed_job_goes_on_under_spark_submit_and_ends_like_an_undisturbed_one(finished: Finished, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parts that are committed once, datasets that appear whole, and a reader that finds every sample in them."""
+"""Parts that are committed once, outputs that appear whole, and a reader that finds every sample in them."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,18 @@ import pytest
 from streaming import LocalDataset
 from streaming.base.hashing import get_hash
 
-from dataprep import shards
+from dataprep import selection, shards
 from dataprep.encode import StageConfig
-from dataprep.shards import Account, Outcome, PartWriter, ShardConfig
+from dataprep.selection import SelectConfig
+from dataprep.shards import Account, ClipRow, Outcome, PartWriter, ShardConfig
 from model.config import UserError
 from model.data.schema import Kind, Manifest, TextManifest
 
 STAGE = StageConfig("stage1", 2, 3, "raw")
 TEXT = TextManifest("t5", "abc", 4, "bfloat16", 8)
+
+
+OUTCOME = Outcome(7, 0, 3, {"too short": 3}, 7, {}, {"stage1/videos": 6, "stage1/images": 1})  # of three parts by ``fill``
 
 
 def sample(key: str, size: int = 100) -> dict[str, Any]:
@@ -33,13 +37,22 @@ def sample(key: str, size: int = 100) -> dict[str, Any]:
     }
 
 
+def clip(key: str, kind: str = "video") -> ClipRow:
+    """Passes every threshold; no two hashes are near."""
+    return ClipRow(
+        key=key, item=key, kind=kind, caption="", frames=1, start_seconds=0.5, motion=0.1, sharpness=0.7, brightness=0.5
+    )
+
+
 def fill(writer: PartWriter, part: int, sizes: tuple[int, ...] = (100, 200)) -> PartWriter:
     """Samples part-0, part-1, ...; a rejected item; and in odd parts an image."""
     for n, size in enumerate(sizes):
         writer.write("stage1/videos", sample(f"{part}-{n}", size))
+        writer.clip(clip(f"{part}-{n}"))
         writer.account(Account(f"{part}-{n}", "video", "somewhere", "kept", clips=1))
     if part % 2:
         writer.write("stage1/images", sample(f"image-{part}"))
+        writer.clip(clip(f"image-{part}", "image"))
         writer.account(Account(f"image-{part}", "image", "somewhere", "kept", clips=1))
     writer.account(Account(f"bad-{part}", "video", "somewhere", "rejected", "too short", "1 frame"))
     return writer
@@ -51,7 +64,9 @@ def manifest(kind: Kind, stage: StageConfig, samples: int, text_width: int) -> M
 
 
 def assemble(workspace: Path, parts: int) -> Outcome:
-    return shards.assemble(workspace, parts, (STAGE,), manifest, {"digest": "d"}, lambda: None)
+    shards.gather(workspace, parts, lambda: None)
+    select = SelectConfig(duplicate_bits=None)
+    return selection.select(workspace / "finished", select, (STAGE,), ShardConfig(), manifest, {"digest": "d"})
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -73,7 +88,7 @@ def test_parts_become_one_dataset_that_streaming_reads(tmp_path: Path, workspace
         summary = fill(PartWriter(workspace, part, ShardConfig()), part).commit()
         assert (summary.items, summary.kept) == ((4, 3) if part % 2 else (3, 2))
     outcome = assemble(workspace, 3)
-    assert outcome == Outcome(7, {"too short": 3}, {"stage1/videos": 6, "stage1/images": 1})
+    assert outcome == OUTCOME
     output = tmp_path / "out"
     shards.swap_in(workspace, output)
     assert not workspace.exists()
@@ -139,11 +154,9 @@ def test_assembly_can_be_interrupted_anywhere(workspace: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shards.assemble(workspace, 3, (STAGE,), manifest, {"digest": "d"}, interrupt)
+        shards.gather(workspace, 3, interrupt)
     assert shards.missing_parts(workspace, 3) == []
-    assert (
-        assemble(workspace, 3) == assemble(workspace, 3) == Outcome(7, {"too short": 3}, {"stage1/videos": 6, "stage1/images": 1})
-    )
+    assert assemble(workspace, 3) == assemble(workspace, 3) == OUTCOME
     assert len(read(workspace / "finished/stage1/videos")) == 6
 
 
@@ -164,7 +177,9 @@ def test_an_output_is_replaced_whole(tmp_path: Path, workspace: Path) -> None:
         fill(PartWriter(workspace, 0, ShardConfig()), generation).commit()
         outcome = assemble(workspace, 1)
         shards.swap_in(workspace, output)
-        assert shards.describe_output(output) == {"digest": "d", "outcome": outcome}
+        found = shards.describe_output(output)
+        assert found is not None
+        assert (found["digest"], found["outcome"]) == ("d", outcome)
     assert set(read(output / "stage1/videos")) == {"1-0", "1-1"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
