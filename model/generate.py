@@ -1,5 +1,6 @@
 """Sampling one stage: prompts' text states -> video. Shared by the trainer's sample callback and the cascade."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,24 @@ from model.networks.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
+class Known:
+    """Frames that the clips must hold: of an image to animate, of a video to continue, of a lower frame rate (appendix C.5)."""
+
+    video: Tensor  # (B, T, C, H, W) in [-1, 1], at the codec's size; anything where it is not known
+    frames: Tensor  # (B, T) bool: which are known
+    weight: float = 1.0  # w_r of reconstruction guidance; 0 holds the known frames and does not steer the others towards them
+
+    def __post_init__(self) -> None:
+        if not (self.weight >= 0 and math.isfinite(self.weight)):
+            raise ValueError(f"weight must be finite and not negative, got {self.weight}")
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T, 1, 1, 1), true at the frames that are known."""
+        return self.frames[:, :, None, None, None]
+
+
+@dataclass(frozen=True)
 class Request:
     """What to sample. B clips, L text tokens, D text width."""
 
@@ -23,6 +42,7 @@ class Request:
     generators: Sequence[torch.Generator]  # one per clip, on the CPU: a clip depends on its own seed alone
     low_resolution: Tensor | None = None  # (B, T, C, h, w) in [-1, 1], for an upsampler
     corruption: float = 0.0  # std of the noise that the upsampler adds to it first
+    known: Known | None = None
 
 
 def draw(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
@@ -33,29 +53,61 @@ def draw(generators: Sequence[torch.Generator], shape: Sequence[int], device: to
 class GuidedDenoiser:
     """``denoise(x, sigma)`` with classifier-free guidance and thresholding; carries each branch's latents from call to call.
 
-    Both branches run in one batch of 2B.
+    Both branches run in one batch of 2B. Frames that are known are part of the estimate, which keeps them on their straight way
+    through the noise levels; the gradient of what the network makes of them steers the others.
     """
 
-    def __init__(self, denoiser: Denoiser, conditioning: Conditioning, config: SamplerConfig) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditioning: Conditioning,
+        config: SamplerConfig,
+        sigma_in: float | Tensor = 1.0,
+        known: Known | None = None,
+    ) -> None:
+        """``sigma_in`` counts where frames are ``known``, whose video is in model space here."""
         self.denoiser = denoiser
         self.config = config
         self.guided = config.guidance != 1 or config.oscillation is not None
         self.levels = sampler.noise_levels(config)
         self.weights = sampler.guidance_weights(config)
         self.conditioning = _doubled(conditioning) if self.guided else conditioning
+        self.sigma_in = sigma_in
+        self.known = known
         self.latents: Tensor | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if self.known is None:
+            estimate, _ = self._estimates(x, sigma)
+        else:
+            estimate = self._steered(x, sigma, self.known)
+        if self.config.threshold_quantile:
+            estimate = sampler.dynamic_threshold(estimate, self.config.threshold_quantile)
+        if self.known is not None:
+            estimate = torch.where(self.known.mask, self.known.video, estimate)
+        return estimate
+
+    def _estimates(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """D with classifier-free guidance, and that of the conditional branch alone."""
         if self.guided:
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         conditioning = replace(self.conditioning, c_noise=edm.c_noise(sigma))
-        estimate, self.latents = self.denoiser.denoise(x, sigma, conditioning, self.latents)
-        if self.guided:
-            conditional, unconditional = estimate.chunk(2)
-            estimate = sampler.guide(conditional, unconditional, self._weight(sigma))
-        if self.config.threshold_quantile:
-            estimate = sampler.dynamic_threshold(estimate, self.config.threshold_quantile)
-        return estimate
+        estimate, latents = self.denoiser.denoise(x, sigma, conditioning, self.latents)
+        self.latents = None if latents is None else latents.detach()
+        if not self.guided:
+            return estimate, estimate
+        conditional, unconditional = estimate.chunk(2)
+        return sampler.guide(conditional, unconditional, self._weight(sigma)), conditional
+
+    def _steered(self, x: Tensor, sigma: Tensor, known: Known) -> Tensor:
+        """D with reconstruction guidance, whose gradient is the conditional branch's: text guidance does not scale it."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            estimate, conditional = self._estimates(x, sigma)
+            if not known.weight:
+                return estimate.detach()
+            gradient = sampler.reconstruction_gradient(conditional, x, known.video, known.mask)
+        return estimate.detach() - known.weight / 2 / self.sigma_in * gradient
 
     def _weight(self, sigma: Tensor) -> float:
         if self.config.oscillation is None:
@@ -98,15 +150,27 @@ def generate(denoiser: Denoiser, request: Request, config: SamplerConfig, progre
     sigma_in = edm.process(diffusion, conditioning.is_image).sigma_in
     if isinstance(sigma_in, Tensor):
         sigma_in = edm.expand(sigma_in, noise)
-    denoise = GuidedDenoiser(denoiser, conditioning, config)
+    known = None if request.known is None else _in_model_space(request.known, denoiser, device)
+    denoise = GuidedDenoiser(denoiser, conditioning, config, sigma_in, known)
     levels = sampler.noise_levels(config)
     was_training = denoiser.training
+    trained = [p for p in denoiser.parameters() if p.requires_grad and known is not None]
     denoiser.eval()
+    for p in trained:
+        p.requires_grad_(False)  # the gradient of reconstruction guidance stops at x
     try:
         sample = sampler.heun(denoise, noise, levels, sigma_in, progress, config.churn, fresh_noise)
     finally:
         denoiser.train(was_training)
+        for p in trained:
+            p.requires_grad_()
     return denoiser.codec.decode(sample)
+
+
+def _in_model_space(known: Known, denoiser: Denoiser, device: torch.device) -> Known:
+    video = known.video.to(device)
+    edm.check_finite("known.video", video)
+    return replace(known, video=denoiser.codec.encode(video), frames=known.frames.to(device))
 
 
 def _doubled(c: Conditioning) -> Conditioning:

@@ -7,9 +7,10 @@ written beside its destination and renamed.
 import contextlib
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import av
@@ -42,8 +43,10 @@ class Clip(NamedTuple):
     frame_rate: float  # average, per second
 
 
-def write_mp4(path: str | Path, frames: Frames, frame_rate: float) -> None:
+def write_mp4(path: str | Path, frames: Frames, frame_rate: float, tags: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write (T, H, W, 3) uint8 ``frames`` as h264 in mp4 that browsers play. Odd sizes gain one repeated row or column.
+
+    ``tags`` go into the file: of those that mp4 knows, such as title and comment.
 
     Raises:
         ValueError: other shape or type, no frames, or a frame rate that is not positive.
@@ -55,6 +58,7 @@ def write_mp4(path: str | Path, frames: Frames, frame_rate: float) -> None:
         _appearing_whole(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as out,
     ):
+        out.metadata.update(tags)
         stream = out.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = array.shape[2], array.shape[1], "yuv420p"
         stream.options = {"crf": H264_CRF, "preset": "medium"}
@@ -66,6 +70,21 @@ def write_mp4(path: str | Path, frames: Frames, frame_rate: float) -> None:
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
+
+
+def read_tags(path: str | Path) -> dict[str, str]:
+    """What ``write_mp4`` put into a file; nothing where there is no video.
+
+    Raises:
+        UserError: not a readable video.
+    """
+    if not Path(path).is_file():
+        return {}
+    try:
+        with av.open(str(path)) as container:
+            return dict(container.metadata)
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable video: {error}") from error
 
 
 def write_gif(path: str | Path, frames: Frames, frame_rate: float) -> None:

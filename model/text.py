@@ -54,6 +54,15 @@ class TextEncoder:
         """D, the width of the states."""
         return int(self.model.config.d_model)
 
+    def to(self, device: str | torch.device) -> None:
+        """Move the weights."""
+        self.model.to(device)
+        self.device = torch.device(device)
+
+    def num_tokens(self, caption: str) -> int:
+        """L of a caption, were there no limit."""
+        return len(self.tokenizer(caption, truncation=False, verbose=False).input_ids)
+
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
         """Captions -> one (L, D) bfloat16 tensor each, on the CPU, without padding; 1 <= L <= ``max_tokens``.

@@ -1,17 +1,22 @@
 """The two-stage cascade, pulled from the registry: prompts -> low-resolution video -> high-resolution video (section 3.4)."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from model import checkpoint, registry, text
+from model import checkpoint, long_video, registry, text
 from model.checkpoint import Published
-from model.codec import to_pixels
+from model.codec import from_pixels, to_pixels
 from model.config import UserError
+from model.denoiser import Denoiser
 from model.diffusion.sampler import SamplerConfig
-from model.generate import Request, generate
+from model.generate import Known, Request, generate
+from model.long_video import Window
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,27 @@ class CascadeConfig:
     corruption: float = 0.1  # std of the noise added to stage 1's result before it is upsampled
     frame_rate: float = 24.0  # frames per second of the clips; inf for still images
     resolution: tuple[int, int] = (288, 512)  # original height and width that the clips imitate
+    frames: int | None = None  # of a clip; None: as many as stage 1 makes at once
+    # Lower frame rates at which a longer clip is laid out first, rising; each divides the next, the last one frame_rate.
+    hierarchy: tuple[float, ...] = ()
+    reconstruction: float = 1.0  # weight of reconstruction guidance, by which frames fit those that exist
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames must be at least 1, got {self.frames}")
+        if not (self.reconstruction >= 0 and math.isfinite(self.reconstruction)):
+            raise ValueError(f"reconstruction must be finite and not negative, got {self.reconstruction}")
+        if self.hierarchy:
+            try:
+                long_video.windows(1, 1, self.strides)
+            except (ValueError, OverflowError, ZeroDivisionError) as error:
+                raise ValueError(f"hierarchy {list(self.hierarchy)} must rise, each rate dividing the next") from error
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the frame rates from the lowest to the clip's own, in its frames; 0 where one does not divide it."""
+        ratios = [self.frame_rate / rate for rate in self.hierarchy]
+        return (*(round(ratio) if abs(ratio - round(ratio)) < 1e-6 else 0 for ratio in ratios), 1)
 
 
 @dataclass(frozen=True)
@@ -66,9 +92,42 @@ class Cascade:
                 f"({trained_with.encoder})"
             )
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], progress: Progress | None = None) -> Clips:
-        """Sample one clip per prompt. A clip depends on its prompt, its seed and the config alone, not on its neighbours."""
-        c = self.config
+    def to(self, device: str | torch.device) -> None:
+        """Move both stages and the text encoder."""
+        self.device = torch.device(device)
+        for stage in (self.stage1, self.stage2):
+            if stage is not None:
+                stage.denoiser.to(device)
+        self.encoder.to(device)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        progress: Progress | None = None,
+        given: Mapping[int, Image.Image] | None = None,
+        settings: CascadeConfig | None = None,
+    ) -> Clips:
+        """Sample one clip per prompt. A clip depends on its prompt, its seed and the config alone, not on its neighbours.
+
+        Args:
+            prompts: B of them.
+            seeds: one for each.
+            progress: makes the bars.
+            given: pictures that all clips hold, by the number of the frame; negative numbers count from the end.
+            settings: others than those the cascade was made with; of its models nothing changes.
+
+        Raises:
+            UserError: given frames outside of the clip, or a prompt of more tokens than the models were trained with.
+        """
+        c = settings or self.config
+        stage1 = self.stage1.denoiser
+        length = c.frames or stage1.config.network.size[0]
+        for prompt in prompts:
+            tokens = self.encoder.num_tokens(prompt)
+            if tokens > self.encoder.max_tokens:
+                raise UserError(f"prompt {prompt[:40]!r}... has {tokens} tokens, the models take {self.encoder.max_tokens}")
+        low_given, high_given = self._given(given or {}, length, len(prompts))
         states, mask = text.pad(self.encoder.encode(list(prompts)), self.encoder.max_tokens)
         request = Request(
             text=states.to(self.device),
@@ -77,14 +136,53 @@ class Cascade:
             resolution=torch.tensor([c.resolution] * len(prompts), dtype=torch.float32, device=self.device),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
-        steps = progress("stage 1", c.stage1_sampler.steps) if progress else None
-        low = generate(self.stage1.denoiser, request, c.stage1_sampler, steps)
+        plan = long_video.windows(length, stage1.config.network.size[0], c.strides, low_given)
+
+        def make_low(window: Window, known: Known | None) -> Tensor:
+            bars = progress(_titled("stage 1", plan, window), c.stage1_sampler.steps) if progress else None
+            told = replace(request, frame_rate=request.frame_rate / window.stride, known=known)
+            return generate(stage1, told, c.stage1_sampler, bars)
+
+        low = long_video.generate(plan, length, low_given, c.reconstruction, make_low)
         if self.stage2 is None:
             return Clips(to_pixels(low).cpu(), to_pixels(low).cpu())
-        upsampling = replace(request, low_resolution=low, corruption=c.corruption)
-        steps = progress("stage 2", c.stage2_sampler.steps) if progress else None
-        high = generate(self.stage2.denoiser, upsampling, c.stage2_sampler, steps)
+        stage2 = self.stage2.denoiser
+        upsampling_plan = long_video.windows(length, stage2.config.network.size[0], (1,), high_given)
+
+        def make_high(window: Window, known: Known | None) -> Tensor:
+            bars = progress(_titled("stage 2", upsampling_plan, window), c.stage2_sampler.steps) if progress else None
+            frames = low[:, [min(number, length - 1) for number in window.frames]]
+            told = replace(request, low_resolution=frames, corruption=c.corruption, known=known)
+            return generate(stage2, told, c.stage2_sampler, bars)
+
+        high = long_video.generate(upsampling_plan, length, high_given, c.reconstruction, make_high)
         return Clips(to_pixels(low).cpu(), to_pixels(high).cpu())
+
+    def _given(self, given: Mapping[int, Image.Image], length: int, clips: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Given pictures for stage 1 and for stage 2: (clips, C, H, W) in [-1, 1] by the number of the frame."""
+        low: dict[int, Tensor] = {}
+        high: dict[int, Tensor] = {}
+        for place, picture in given.items():
+            if not -length <= place < length:
+                raise UserError(f"given frame {place} lies outside of a clip of {length} frames")
+            number = place % length
+            if self.stage2 is None:
+                low[number] = _picture(picture, self.stage1.denoiser).expand(clips, -1, -1, -1).to(self.device)
+            else:
+                high[number] = _picture(picture, self.stage2.denoiser).expand(clips, -1, -1, -1).to(self.device)
+                low[number] = self.stage2.denoiser.downsample(high[number][:, None])[:, 0]
+        return low, high
+
+
+def _picture(picture: Image.Image, denoiser: Denoiser) -> Tensor:
+    """(C, H, W) in [-1, 1] at the size of a stage: scaled to cover it, cropped at the centre, as data preparation does."""
+    codec = denoiser.config.codec
+    fitted = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (codec.width, codec.height), Image.Resampling.BICUBIC)
+    return from_pixels(torch.from_numpy(np.array(fitted)))
+
+
+def _titled(stage: str, plan: Sequence[Window], window: Window) -> str:
+    return stage if len(plan) == 1 else f"{stage}, window {plan.index(window) + 1} of {len(plan)}"
 
 
 def _require_fit(stage1: Published, stage2: Published, config: CascadeConfig) -> None:

@@ -1,62 +1,184 @@
 """Generate clips from prompts with models pulled from the MLflow registry.
 
-Writes an mp4 and a gif for each prompt, a contact sheet of all, and samples.json with prompts, seeds and model versions.
+Alone, or ``composer -n N pipelines/sample.py ...`` to share the prompts among N processes. Writes an mp4 and a gif for each
+prompt, a contact sheet, and samples.json with prompts, seeds and model versions. Started again, it makes what is missing.
 """
 
+import hashlib
 import json
+import os
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import torch
-from tqdm import tqdm
+# Composer's launcher puts pipelines/ first on the path, where a file of ours could shadow a library.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from model import command, media
-from model.config import UserError
-from pipelines.cascade import Cascade, CascadeConfig, Progress
+import av  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, UnidentifiedImageError  # noqa: E402
+from torch import distributed  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from model import command, config, media  # noqa: E402
+from model.config import RunError, UserError  # noqa: E402
+from pipelines.cascade import Cascade, CascadeConfig, Progress  # noqa: E402
+
+
+@dataclass(frozen=True)
+class GivenConfig:
+    """A picture, or the frames of a video, that the clips hold: to animate, to continue, to end with."""
+
+    path: str
+    at: int = 0  # number of the frame, or of the video's first; from the end if negative
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """A sampling job."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
     output: str = "runs/samples"
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    prompts_file: str | None = None  # more prompts, one a line
+    given: tuple[GivenConfig, ...] = ()
     seed: int = 0  # the n-th prompt gets seed + n
     batch: int = 4  # clips sampled at once
+    sheet: int = 32  # clips on the contact sheet: the first ones
     device: str | None = None  # None: a GPU if there is one
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip to make."""
+
+    prompt: str
+    seed: int
+    path: Path  # of the mp4
 
 
 def sample(c: SampleConfig) -> None:
     """Run the job.
 
     Raises:
-        UserError: nothing to sample, or models that cannot be had.
+        UserError: nothing to sample, or models or given pictures that cannot be had.
+        RunError: a clip cannot be written; those before it stay.
     """
-    if not c.prompts or not all(prompt.strip() for prompt in c.prompts):
+    clips = _clips(c)
+    given = read_given(c.given, c.cascade.frames)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        # They share nothing but the end, which may be days apart.
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    cascade = Cascade(c.cascade, c.device or _device())
+    origins = {name: asdict(s.origin) for name, s in (("stage1", cascade.stage1), ("stage2", cascade.stage2)) if s is not None}
+    settings = {**config.to_tree(c.cascade), "given": [[str(at), _digest(image.tobytes())] for at, image in given.items()]}
+    told = {"models": origins, "settings": settings}
+    Path(c.output).mkdir(parents=True, exist_ok=True)
+    mine = [clip for clip in clips[rank::world] if not _is_made(clip, told)]
+    if rank == 0 and len(mine) < len(clips[rank::world]):
+        print(f"{len(clips[rank::world]) - len(mine)} of {len(clips[rank::world])} clips are there already")
+    with tqdm(total=len(mine), desc="clips", unit="clip", disable=rank > 0) as bar:
+        for start in range(0, len(mine), c.batch):
+            part = mine[start : start + c.batch]
+            bars = _bars(disable=rank > 0)
+            made = cascade.sample([clip.prompt for clip in part], [clip.seed for clip in part], bars, given)
+            for clip, frames in zip(part, made.high, strict=True):
+                _write(clip, frames, c.cascade.frame_rate, told)
+                bar.update()
+    if world > 1:
+        distributed.barrier()
+    if rank == 0:
+        _finish(c, clips, told)
+
+
+def _clips(c: SampleConfig) -> list[Clip]:
+    prompts = list(c.prompts)
+    if c.prompts_file:
+        try:
+            prompts += Path(c.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts_file: {c.prompts_file}: {error}") from error
+    if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("prompts: give at least one, and none empty")
-    if c.batch < 1:
-        raise UserError(f"batch must be at least 1, got {c.batch}")
-    cascade = Cascade(c.cascade, c.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if c.batch < 1 or c.sheet < 1:
+        raise UserError(f"batch and sheet must be at least 1, got {c.batch} and {c.sheet}")
+    digits = max(3, len(str(len(prompts) - 1)))
+    return [Clip(p, c.seed + n, Path(c.output, f"{n:0{digits}d}-{slug(p)}.mp4")) for n, p in enumerate(prompts)]
+
+
+def read_given(given: Sequence[GivenConfig], length: int | None) -> dict[int, Image.Image]:
+    """Pictures by the number of the frame.
+
+    Raises:
+        UserError: no picture and no video, or two for one frame.
+    """
+    pictures: dict[int, Image.Image] = {}
+    for entry in given:
+        for number, picture in enumerate(_pictures(entry.path), entry.at):
+            if entry.at < 0 <= number:
+                raise UserError(f"given: {entry.path}: at {entry.at} it goes beyond the clip's end")
+            place = number if length is None or number >= 0 else number + length
+            if place in pictures:
+                raise UserError(f"given: {entry.path}: frame {number} is given twice")
+            pictures[place] = picture
+    return pictures
+
+
+def _pictures(path: str) -> list[Image.Image]:
+    if not Path(path).is_file():
+        raise UserError(f"given: no such file: {path}")
+    try:
+        with Image.open(path) as image:
+            return [image.convert("RGB")]
+    except UnidentifiedImageError:
+        return [Image.fromarray(frame) for frame in media.read_video(path, 1000).frames]
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"given: {path}: not a readable picture: {error}") from error
+
+
+def _device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _provenance(clip: Clip, told: dict[str, Any]) -> str:
+    return json.dumps({"generated_by": "snapvideo", "prompt": clip.prompt, "seed": clip.seed, **told}, sort_keys=True)
+
+
+def _is_made(clip: Clip, told: dict[str, Any]) -> bool:
+    """Whether the clip is there, made of this prompt by these models with these settings."""
+    try:
+        made = media.read_tags(clip.path).get("comment") == _provenance(clip, told)
+    except UserError:
+        return False
+    return made and clip.path.with_suffix(".gif").is_file()
+
+
+def _write(clip: Clip, frames: torch.Tensor, frame_rate: float, told: dict[str, Any]) -> None:
+    try:
+        media.write_gif(clip.path.with_suffix(".gif"), frames, frame_rate)
+        tags = {"title": clip.prompt, "comment": _provenance(clip, told)}
+        media.write_mp4(clip.path, frames, frame_rate, tags)  # last: it says that the clip is there
+    except (OSError, av.FFmpegError) as error:
+        raise RunError(f"{clip.path}: {error.strerror or error}; the clips before it are whole") from error
+
+
+def _finish(c: SampleConfig, clips: list[Clip], told: dict[str, Any]) -> None:
     output = Path(c.output)
-    output.mkdir(parents=True, exist_ok=True)
-    clips, records = [], []
-    for start in range(0, len(c.prompts), c.batch):
-        prompts = c.prompts[start : start + c.batch]
-        seeds = [c.seed + start + i for i in range(len(prompts))]
-        name = f"clips {start + 1}-{start + len(prompts)} of {len(c.prompts)}"
-        for i, high in enumerate(cascade.sample(prompts, seeds, _bars(name)).high):
-            path = output / f"{start + i:03d}-{slug(prompts[i])}.mp4"
-            media.write_mp4(path, high, c.cascade.frame_rate)
-            media.write_gif(path.with_suffix(".gif"), high, c.cascade.frame_rate)
-            clips.append(high)
-            records.append({"file": path.name, "prompt": prompts[i], "seed": seeds[i]})
-    media.write_contact_sheet(output / "sheet.png", clips, c.prompts)
-    stages = {"stage1": cascade.stage1, "stage2": cascade.stage2}
-    origins = {name: asdict(stage.origin) for name, stage in stages.items() if stage is not None}
-    description = {"clips": records, "models": origins, "settings": asdict(c)}
-    (output / "samples.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    shown = clips[: c.sheet]
+    most = c.cascade.frames or 1000
+    frames = [media.read_video(clip.path, most).frames for clip in shown]
+    media.write_contact_sheet(output / "sheet.png", frames, [clip.prompt for clip in shown])
+    records = [{"file": clip.path.name, "prompt": clip.prompt, "seed": clip.seed} for clip in clips]
+    (output / "samples.json").write_text(json.dumps({"clips": records, **told}, indent=2) + "\n", encoding="utf-8")
     print(f"{len(clips)} clips: {output}\ncontact sheet: {output / 'sheet.png'}")
 
 
@@ -65,9 +187,9 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "clip"
 
 
-def _bars(name: str) -> Progress:
+def _bars(disable: bool) -> Progress:
     """A progress bar for each stage."""
-    return lambda stage, steps: tqdm(range(steps), desc=f"{name}, {stage}", unit="step", leave=False)
+    return lambda stage, steps: tqdm(range(steps), desc=stage, unit="step", leave=False, disable=disable)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,21 @@ def guide(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
     return unconditional + weight * (conditional - unconditional)
 
 
+def reconstruction_gradient(estimate: Tensor, x: Tensor, known: Tensor, is_known: Tensor) -> Tensor:
+    """``grad_x || known - D ||^2`` over what is known: reconstruction guidance (Ho et al. 2022, equation 8; appendix C.5).
+
+    What is not known then follows ``D - w_r / (2 s_i) grad``: without the ``1 / s_i`` the strength would change with s_i.
+
+    Args:
+        estimate: (B, ...) D at ``x``, computed with gradients.
+        x: (B, ...) the noisy sample, a leaf that requires gradients.
+        known: (B, ...) data, anything where it is not known.
+        is_known: bool, broadcasts against ``known``.
+    """
+    error = torch.where(is_known, known - estimate, 0.0).square().sum()
+    return torch.autograd.grad(error, x)[0]
+
+
 def dynamic_threshold(x: Tensor, quantile: float) -> Tensor:
     """Imagen's dynamic thresholding of D, before D is divided by s_i.
 

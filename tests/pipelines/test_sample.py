@@ -1,64 +1,25 @@
 """Sampling through the cascade, from published folders with a real small T5."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from dataprep import small_t5
-from model import checkpoint, command, config, media, text
-from model.checkpoint import Origin
+from model import checkpoint, command, config, media
 from model.codec import PixelCodecConfig
-from model.config import UserError
-from model.data.schema import Manifest, TextManifest
-from model.denoiser import Denoiser, ModelConfig, UpsamplerConfig
-from model.diffusion.sampler import SamplerConfig
-from model.networks.fit.config import FITConfig
+from model.config import RunError, UserError
 from pipelines.cascade import Cascade, CascadeConfig
-from pipelines.sample import SampleConfig, sample, slug
+from pipelines.sample import GivenConfig, SampleConfig, read_given, sample, slug
 
 PROMPTS = ("a red circle moves left", "a blue square")
-NETWORK = FITConfig(
-    size=(4, 8, 16),
-    group=(4, 2, 2),
-    patch_width=32,
-    latent_tokens=8,
-    latent_width=32,
-    blocks=1,
-    global_layers=1,
-    patch_head_width=16,
-    latent_head_width=16,
-    conditioning_width=32,
-)
-
-
-def write_stage(folder: Path, model: ModelConfig, manifest: Manifest) -> Path:
-    torch.manual_seed(0)
-    tree = {"model": config.to_tree(model)}
-    checkpoint.write(folder, dict(Denoiser(model).named_parameters()), tree, {"videos": manifest}, Origin("run", 1, "commit"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cascade_config(tmp_path_factory: pytest.TempPathFactory) -> CascadeConfig:
-    folder = tmp_path_factory.mktemp("cascade")
-    small_t5.build(small_t5.SmallT5Config(output=str(folder / "t5")))
-    encoder = text.TextEncoder(str(folder / "t5"), 16)
-    told = TextManifest(str(folder / "t5"), text.revision(str(folder / "t5")), encoder.width, "bfloat16", 16)
-    network = replace(NETWORK, text_width=encoder.width)
-    stage1 = ModelConfig(PixelCodecConfig(height=6, width=16, pad_bottom=2), network=network)
-    large = replace(network, size=(4, 12, 32), group=(4, 3, 2), latent_tokens=8, upsampler=True)
-    stage2 = ModelConfig(PixelCodecConfig(height=12, width=32, pad_bottom=0), network=large, upsampler=UpsamplerConfig(factor=2))
-    manifest = Manifest("videos", 6, 16, 24.0, 24, "raw", 8, told)
-    return CascadeConfig(
-        stage1=str(write_stage(folder / "stage1", stage1, manifest)),
-        stage2=str(write_stage(folder / "stage2", stage2, replace(manifest, height=12, width=32))),
-        stage1_sampler=SamplerConfig(steps=3, guidance=2),
-        stage2_sampler=SamplerConfig(steps=2, guidance=1),
-        frame_rate=8.0,
-    )
 
 
 def test_a_clip_depends_on_its_prompt_and_seed_alone(cascade_config: CascadeConfig) -> None:
@@ -84,7 +45,119 @@ def test_a_job_writes_clips_sheet_and_settings(cascade_config: CascadeConfig, tm
     assert (tmp_path / "out" / "sheet.png").is_file()
 
 
-def test_stages_that_do_not_belong_together_are_refused(cascade_config: CascadeConfig, tmp_path: Path) -> None:
+def frames_of(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: media.read_video(path, 100).frames for path in sorted(folder.glob("*.mp4"))}
+
+
+def test_a_job_makes_what_is_missing_and_says_in_each_file_where_it_comes_from(
+    cascade_config: CascadeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = SampleConfig((*PROMPTS, "a green star"), str(tmp_path), cascade_config, batch=2, device="cpu")
+    sample(job)
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("*.mp4")}
+    tags = media.read_tags(tmp_path / "001-a-blue-square.mp4")
+    told = json.loads(tags["comment"])
+    assert (tags["title"], told["prompt"], told["seed"]) == ("a blue square", "a blue square", 1)
+    assert told["models"]["stage1"]["run"] == "run" and told["settings"]["stage1_sampler"]["guidance"] == 2
+
+    (tmp_path / "001-a-blue-square.mp4").unlink()
+    (tmp_path / "002-a-green-star.mp4").write_bytes(first["002-a-green-star.mp4"][:500])  # cut short
+    kept = (tmp_path / "000-a-red-circle-moves-left.mp4").stat().st_mtime_ns
+    sample(job)
+    assert "1 of 3 clips are there already" in capsys.readouterr().out
+    assert (tmp_path / "000-a-red-circle-moves-left.mp4").stat().st_mtime_ns == kept
+    again = {path.name: path.read_bytes() for path in tmp_path.glob("*.mp4")}
+    assert again["001-a-blue-square.mp4"] == first["001-a-blue-square.mp4"], "alone in its batch, it is the same"
+    assert again.keys() == first.keys()
+    sample(replace(job, seed=1))
+    assert (tmp_path / "000-a-red-circle-moves-left.mp4").stat().st_mtime_ns != kept, "of another seed"
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(cascade_config: CascadeConfig, tmp_path: Path) -> None:
+    (tmp_path / "000-a-red-circle-moves-left.mp4").mkdir()  # cannot be replaced by a file
+    with pytest.raises(RunError, match=r"000-a-red-circle-moves-left.mp4: .*the clips before it are whole"):
+        sample(SampleConfig(PROMPTS, str(tmp_path), cascade_config, device="cpu"))
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_does(cascade_config: CascadeConfig, tmp_path: Path) -> None:
+    yaml = tmp_path / "job.yaml"
+    (tmp_path / "prompts.txt").write_text("a green star\na white dot\n")
+    job = {
+        "prompts": list(PROMPTS),
+        "prompts_file": str(tmp_path / "prompts.txt"),
+        "batch": 3,
+        "device": "cpu",
+        "cascade": config.to_tree(cascade_config),
+    }
+    yaml.write_text(json.dumps(job))
+    launcher = str(Path(sys.executable).with_name("composer"))
+    root = Path(__file__).parents[2]
+    shared = [launcher, "-n", "2", "pipelines/sample.py", str(yaml), f"output={tmp_path}/two"]
+    subprocess.run(shared, cwd=root, check=True, timeout=300)
+    command.run(SampleConfig, sample, "", [str(yaml), f"output={tmp_path}/one"])
+    one, two = frames_of(tmp_path / "one"), frames_of(tmp_path / "two")
+    assert len(one) == 4 and one.keys() == two.keys()
+    for name, frames in one.items():
+        assert np.abs(frames.astype(int) - two[name]).max() <= 3, name  # batches of other sizes may round otherwise
+    assert (tmp_path / "two" / "sheet.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smooth picture of another size and shape than the clips."""
+    y, x = np.mgrid[0:90, 0:160]
+    path = tmp_path_factory.mktemp("given") / "picture.png"
+    Image.fromarray(np.stack([x * 1.5, y * 2.5, 255 - x], axis=-1).astype(np.uint8)).save(path)
+    return path
+
+
+def test_longer_clips_from_a_given_picture(cascade_config: CascadeConfig, picture: Path, tmp_path: Path) -> None:
+    longer = replace(cascade_config, frames=9, hierarchy=(4.0,))
+    given = (GivenConfig(str(picture)), GivenConfig(str(picture), at=-1))
+    sample(SampleConfig(PROMPTS[:1], str(tmp_path), longer, given=given, device="cpu"))
+    (frames,) = frames_of(tmp_path).values()
+    assert frames.shape == (9, 12, 32, 3)
+    shown = Image.open(picture).resize((32, 18), Image.Resampling.BICUBIC).crop((0, 3, 32, 15))
+    for frame in (frames[0], frames[-1]):
+        assert np.abs(frame.astype(int) - np.asarray(shown)).mean() < 8  # through h264 with its coarser colours
+    assert np.abs(frames[4].astype(int) - frames[0]).mean() > 8
+    # A video to continue: its frames are the clip's first ones.
+    (video,) = tmp_path.glob("*.mp4")
+    told = read_given((GivenConfig(str(video)),), 12)
+    assert sorted(told) == list(range(9))
+    alone = Cascade(replace(longer, stage2=None, frames=12), "cpu").sample(PROMPTS[:1], [0], given=told)
+    assert alone.low.shape == (1, 12, 6, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("nowhere.png", 0), "no such file"),
+        ((__file__, 0), "not a readable video"),
+        (("PICTURE", 4), "given frame 4 lies outside of a clip of 4 frames"),
+    ],
+)
+def test_bad_given_pictures(cascade_config: CascadeConfig, picture: Path, tmp_path: Path, given: Any, told: str) -> None:
+    path = str(picture) if given[0] == "PICTURE" else given[0]
+    with pytest.raises(UserError, match=told):
+        sample(SampleConfig(PROMPTS[:1], str(tmp_path), cascade_config, given=(GivenConfig(path, given[1]),), device="cpu"))
+
+
+@pytest.mark.parametrize("hierarchy", [(3.0,), (8.0,), (4.0, 2.0), (0.0,)])
+def test_rates_that_do_not_divide_are_refused(cascade_config: CascadeConfig, hierarchy: tuple[float, ...]) -> None:
+    with pytest.raises((ValueError, ZeroDivisionError), match="hierarchy"):
+        replace(cascade_config, hierarchy=hierarchy)
+
+
+def test_a_prompt_that_is_too_long_is_not_cut(cascade_config: CascadeConfig) -> None:
+    with pytest.raises(UserError, match=r"^prompt 'red red .*'\.\.\. has \d+ tokens, the models take 16$"):
+        Cascade(cascade_config, "cpu").sample(["red " * 40], [0])
+
+
+def test_stages_that_do_not_belong_together_are_refused(
+    cascade_config: CascadeConfig, tmp_path: Path, write_stage: Callable[..., Path]
+) -> None:
     c = cascade_config
     with pytest.raises(UserError, match="is an upsampler"):
         Cascade(replace(c, stage1=str(c.stage2)), "cpu")
@@ -110,6 +183,9 @@ def test_stages_that_do_not_belong_together_are_refused(cascade_config: CascadeC
     [
         (["prompts=[]"], "prompts: give at least one"),
         (["prompts=[a]", "cascade.stage1=models:/none@best"], "models:/none@best"),
+        (["prompts=[a]", "given=[{path: nowhere.png}]"], "given: no such file: nowhere.png"),
+        (["prompts_file=nowhere.txt"], "nowhere.txt"),
+        (["prompts=[a]", "cascade.hierarchy=[7]"], "hierarchy [7.0] must rise"),
         (["prompts=[a]", "cascade.stage1_sampler.steps=0"], "steps must be at least 1"),
     ],
 )

@@ -252,3 +252,37 @@ def test_guidance_oscillates_after_its_constant_part() -> None:
     assert sampler.guidance_weights(SamplerConfig(steps=2, guidance=3.0)).tolist() == [3, 3]
     levels = sampler.noise_levels(config)
     assert [sampler.level_of(float(level), levels) for level in levels[:-1].float()] == list(range(7))
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
+def test_reconstruction_guidance_does_not_depend_on_sigma_in_and_finds_what_goes_with_the_known(weight: float) -> None:
+    """Two Gaussian numbers of correlation 0.9, the first of which is known."""
+    covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    known = torch.tensor([1.2, 0.0], dtype=torch.float64)
+    is_known = torch.tensor([True, False])
+    levels = sampler.noise_levels(SamplerConfig(steps=60))
+
+    def stock(y: Tensor, s: Tensor) -> Tensor:  # of N(0, covariance)
+        noise = s.flatten()[0] ** 2 * torch.eye(2, dtype=torch.float64)
+        return y @ torch.linalg.solve(covariance + noise, covariance)
+
+    def samples(sigma_in: float, weight: float) -> Tensor:
+        denoise = under(sigma_in, stock)
+
+        def steered(x: Tensor, sigma: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            estimate = denoise(x, sigma)
+            gradient = sampler.reconstruction_gradient(estimate, x, known.expand_as(x), is_known)
+            return torch.where(is_known, known, estimate.detach() - weight / 2 / sigma_in * gradient)
+
+        noise = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        scaled = [sigma_level / sigma_in for sigma_level in levels.tolist()]
+        return sampler.heun(steered, noise, torch.tensor(scaled), sigma_in)
+
+    found = samples(1.0, weight)
+    for sigma_in in SIGMA_INS[1:]:
+        torch.testing.assert_close(samples(sigma_in, weight), found, rtol=0, atol=1e-5)
+    assert torch.equal(found[:, 0], known[0].expand(500))
+    # Exact conditioning gives a mean of 0.9 * 1.2; the network alone, told the known number's noisy version, less.
+    exact, unsteered = 1.08, float(samples(1.0, 0.0)[:, 1].mean())
+    assert abs(float(found[:, 1].mean()) - exact) < abs(unsteered - exact)

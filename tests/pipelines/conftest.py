@@ -1,0 +1,66 @@
+"""What the pipelines' tests share: a published cascade of small stages with a real small T5."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataprep import small_t5
+from model import checkpoint, config, text
+from model.checkpoint import Origin
+from model.codec import PixelCodecConfig
+from model.data.schema import Manifest, TextManifest
+from model.denoiser import Denoiser, ModelConfig, UpsamplerConfig
+from model.diffusion.sampler import SamplerConfig
+from model.networks.fit.config import FITConfig
+from pipelines.cascade import CascadeConfig
+
+NETWORK = FITConfig(
+    size=(4, 8, 16),
+    group=(4, 2, 2),
+    patch_width=32,
+    latent_tokens=8,
+    latent_width=32,
+    blocks=1,
+    global_layers=1,
+    patch_head_width=16,
+    latent_head_width=16,
+    conditioning_width=32,
+)
+
+
+@pytest.fixture(scope="session")
+def write_stage() -> Callable[[Path, ModelConfig, Manifest], Path]:
+    """``write_stage(folder, model, manifest)`` publishes a stage with weights of a seed."""
+
+    def write(folder: Path, model: ModelConfig, manifest: Manifest) -> Path:
+        torch.manual_seed(0)
+        tree = {"model": config.to_tree(model)}
+        origin = Origin("run", 1, "commit")
+        checkpoint.write(folder, dict(Denoiser(model).named_parameters()), tree, {"videos": manifest}, origin)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def cascade_config(tmp_path_factory: pytest.TempPathFactory, write_stage: Callable[..., Path]) -> CascadeConfig:
+    """Folders of both stages: 4 frames of 6x16, upsampled to 12x32."""
+    folder = tmp_path_factory.mktemp("cascade")
+    small_t5.build(small_t5.SmallT5Config(output=str(folder / "t5")))
+    encoder = text.TextEncoder(str(folder / "t5"), 16)
+    told = TextManifest(str(folder / "t5"), text.revision(str(folder / "t5")), encoder.width, "bfloat16", 16)
+    network = replace(NETWORK, text_width=encoder.width)
+    stage1 = ModelConfig(PixelCodecConfig(height=6, width=16, pad_bottom=2), network=network)
+    large = replace(network, size=(4, 12, 32), group=(4, 3, 2), latent_tokens=8, upsampler=True)
+    stage2 = ModelConfig(PixelCodecConfig(height=12, width=32, pad_bottom=0), network=large, upsampler=UpsamplerConfig(factor=2))
+    manifest = Manifest("videos", 6, 16, 24.0, 24, "raw", 8, told)
+    return CascadeConfig(
+        stage1=str(write_stage(folder / "stage1", stage1, manifest)),
+        stage2=str(write_stage(folder / "stage2", stage2, replace(manifest, height=12, width=32))),
+        stage1_sampler=SamplerConfig(steps=3, guidance=2),
+        stage2_sampler=SamplerConfig(steps=2, guidance=1),
+        frame_rate=8.0,
+    )
