@@ -33,6 +33,7 @@ class ClipConfig:
     clip_frames: int  # a clip holds at most this many; longer sources give several clips
     min_frames: int  # shorter clips are dropped, shorter sources rejected
     max_clips_per_video: int = 8
+    split_at_cuts: bool = True  # a clip lies in one shot
 
     def __post_init__(self) -> None:
         if not 0 < self.frame_rate <= 1000:

@@ -15,6 +15,7 @@ TEXT_PATH, MAX_TOKENS = "DATAPREP_TEXT_PATH", "DATAPREP_MAX_TOKENS"  # environme
 
 def preload() -> None:
     """Import what the workers will use, and load their encoder."""
+    import scenedetect.detectors  # noqa: F401
     import streaming  # noqa: F401
 
     from dataprep import encode, partition  # noqa: F401

@@ -6,6 +6,7 @@ Shapes: T frames, H height, W width; L text tokens, D width of the text states.
 import dataclasses
 import functools
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -16,6 +17,7 @@ from dataprep import scores
 from dataprep.clips import ClipConfig, Shown
 from dataprep.geometry import Size
 from dataprep.scores import Scores
+from dataprep.shots import ShotFinder
 from model.data.schema import FrameFormat
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -71,6 +73,7 @@ class Clip:
     start_seconds: float  # after the first frame of the source
     stages: tuple[Packed, ...]  # in the order of the configured stages
     scores: Scores
+    shot: int = 0  # of the source
 
 
 def encode_frame(image: np.ndarray, stage: StageConfig) -> bytes:
@@ -88,38 +91,44 @@ def pack(frames: list[bytes]) -> Packed:
 
 
 def pack_clips(shown: Iterable[Shown], stages: tuple[StageConfig, ...], config: ClipConfig) -> list[Clip]:
-    """Cut what ``clips.read_video`` yields into clips of ``clip_frames``; a remainder below ``min_frames`` is dropped.
+    """Cut what ``clips.read_video`` yields into clips of ``clip_frames``, none across the border of two shots; a remainder below
+    ``min_frames`` is dropped.
 
     Every picture is encoded once, however often it repeats; only encoded frames and the small probes are held.
     """
     encoded: list[list[bytes]] = [[] for _ in stages]
     probes: list[np.ndarray] = []
-    largest = max(range(len(stages)), key=lambda n: stages[n].height * stages[n].width)
+    by_size = sorted(range(len(stages)), key=lambda n: stages[n].height * stages[n].width)
+    finder = ShotFinder(config.frame_rate) if config.split_at_cuts else None
     step = min(max(1, round(config.frame_rate)), config.min_frames)  # every clip then has a frame whose sharpness is known
     sharpness: dict[int, float] = {}
     for picture in shown:
         begin, end = len(probes), len(probes) + picture.repeats
-        grey = scores.grey(picture.images[largest])
+        if finder:
+            finder.add(picture.images[by_size[0]], begin)
+        grey = scores.grey(picture.images[by_size[-1]])
         for number in range(-(-begin // step) * step, end, step):
             sharpness[number] = scores.sharpness(grey)
         probes += [scores.probe(grey)] * picture.repeats
         for frames, image, stage in zip(encoded, picture.images, stages, strict=True):
             frames += [encode_frame(image, stage)] * picture.repeats
+    edges = [0, *(finder.cuts() if finder else []), len(probes)]
     clips = []
-    for number, (begin, end) in enumerate(spans(len(probes), config)):
+    for number, (shot, begin, end) in enumerate(itertools.islice(spans(edges, config), config.max_clips_per_video)):
         sharpest = max(value for frame, value in sharpness.items() if begin <= frame < end)
         found = scores.score(probes[begin:end], config.frame_rate, sharpest)
         packed = tuple(pack(frames[begin:end]) for frames in encoded)
-        clips.append(Clip(number, begin / config.frame_rate, packed, found))
+        clips.append(Clip(number, begin / config.frame_rate, packed, found, shot))
     return clips
 
 
-def spans(frames: int, config: ClipConfig) -> Iterator[tuple[int, int]]:
-    """The first frame and the end of each clip."""
-    for begin in range(0, frames, config.clip_frames):
-        end = min(begin + config.clip_frames, frames)
-        if end - begin >= config.min_frames:
-            yield begin, end
+def spans(edges: list[int], config: ClipConfig) -> Iterator[tuple[int, int, int]]:
+    """(shot, first frame, end) of each clip, given the frames at which shots begin and the last one ends."""
+    for shot, (first, last) in enumerate(itertools.pairwise(edges)):
+        for begin in range(first, last, config.clip_frames):
+            end = min(begin + config.clip_frames, last)
+            if end - begin >= config.min_frames:
+                yield shot, begin, end
 
 
 def pack_image(images: list[np.ndarray], stages: tuple[StageConfig, ...]) -> Clip:

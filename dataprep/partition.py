@@ -76,7 +76,10 @@ def prepare(item: Item, recipe: Recipe) -> Prepared:
             facts.frames = 1
             return Prepared([encode.pack_image(images, recipe.stages)], facts)
         shown = clips.read_video(file, sizes, recipe.clips, recipe.filters, facts)
-        return Prepared(encode.pack_clips(shown, recipe.stages, recipe.clips), facts)
+        packed = encode.pack_clips(shown, recipe.stages, recipe.clips)
+    if not packed:
+        raise Rejected("shots too short", f"none has {recipe.clips.min_frames} frames at {recipe.clips.frame_rate:g} per second")
+    return Prepared(packed, facts)
 
 
 def _caption(item: Item) -> str | Rejected:
@@ -118,6 +121,7 @@ def _item(
             caption=caption,
             frames=frames,
             start_seconds=clip.start_seconds,
+            shot=clip.shot,
             **dataclasses.asdict(clip.scores),
         )
         writer.clip(row, aside)

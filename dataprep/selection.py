@@ -43,7 +43,7 @@ class SelectConfig:
 
     min_brightness: float = 0.03
     min_motion: float = 0.001  # of videos
-    min_sharpness: float = 0.4
+    min_sharpness: float = 0.6
     max_letterbox: float = 0.1
     duplicate_bits: int | None = (
         3  # hashes that differ in so many of 64 bits, or fewer, are of the same picture; null: not looked for

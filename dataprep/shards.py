@@ -34,7 +34,7 @@ from model.data.schema import COLUMNS
 
 JOB_NAME = "job.json"  # in the output: what made it
 PART_NAME = "part.json"  # in a part: its shards, for the index
-POOL_VERSION = 1  # of what the pool holds: another one decodes again
+POOL_VERSION = 2  # of what the pool holds: another one decodes again
 POOL_NAME = "pool"  # in the output: every decoded clip
 SHARDS_NAME = "shards.json"  # in the pool: its shards, by data set
 ITEMS_NAME = "items.parquet"  # in the output: one row per input item; in the pool, as it was before selection
@@ -83,6 +83,7 @@ class ClipRow(Scores):
     caption: str
     frames: int  # stored
     start_seconds: float  # in its source
+    shot: int = 0  # of its source
     aside: bool = False  # in which series of shards of its part
     part: int = 0
     position: int = 0  # in the series

@@ -46,7 +46,7 @@ output: {output}
 stages:
   - {{ name: stage1, height: 18, width: 32, frame_format: raw }}
   - {{ name: stage2, height: 36, width: 64, frame_format: jpeg, jpeg_quality: 95 }}
-clips: {{ frame_rate: 24, clip_frames: 24, min_frames: 12, max_clips_per_video: 3 }}
+clips: {{ frame_rate: 24, clip_frames: 24, min_frames: 12, max_clips_per_video: 3, split_at_cuts: false }}
 select: {{ duplicate_bits: null, max_letterbox: 1 }}
 text: {{ path: {encoder}, max_tokens: 12 }}
 items_per_partition: 2
