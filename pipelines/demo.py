@@ -209,12 +209,15 @@ def _fit_to_data(stage_folder: Path, batch: int, processes: int) -> list[str]:
 
 
 def _captions(shards: Path, count: int) -> tuple[str, ...]:
-    """The first distinct captions of the prepared data."""
+    """The first distinct captions of the prepared data; of one that was longer than the text encoder takes, its first words."""
     found: dict[str, None] = {}
     for kind in _counts(shards / "stage1"):
-        samples = LocalDataset(str(shards / "stage1" / kind))
+        folder = shards / "stage1" / kind
+        samples, limit = LocalDataset(str(folder)), Manifest.read(folder).text.max_tokens
         for i in range(len(samples)):
-            found[samples[i]["caption"]] = None
+            sample = samples[i]
+            cut = len(sample["text"]) >= limit
+            found[" ".join(sample["caption"].split()[:6]) if cut else sample["caption"]] = None
             if len(found) == count:
                 return tuple(found)
     return tuple(found)
