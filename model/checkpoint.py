@@ -4,6 +4,7 @@
     config.yaml          the resolved training config
     manifests.json       the manifests of the data it was trained on
     origin.json          git commit, run, step
+    adapter/             only of a model trained by adapters: these, as the peft library writes them; the weights have them merged
 
 Nothing in it needs pickle to be read.
 """
@@ -27,6 +28,7 @@ from model.data.schema import Manifest, SchemaError
 from model.denoiser import Denoiser, ModelConfig
 
 WEIGHTS, CONFIG, MANIFESTS, ORIGIN = "model.safetensors", "config.yaml", "manifests.json", "origin.json"
+ADAPTER = "adapter"
 PREFIX = "network."  # of a network's weights among its denoiser's
 
 

@@ -1,4 +1,4 @@
-"""Train part of a published model, the rest of which stays as it is to the bit.
+"""Train part of a published model, or adapters to it; the rest stays as it is to the bit.
 
 Patterns are those of a shell, over the names of parameters within the network (``blocks.0.read.query.weight``): ``*`` also spans
 dots.
@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from model import adapters
+from model.adapters import AdaptersConfig
 from model.checkpoint import PREFIX
 from model.config import UserError
 from model.denoiser import Denoiser
@@ -19,10 +21,15 @@ from model.denoiser import Denoiser
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What of the network trains: what matches a pattern of ``trainable`` and none of ``freeze``."""
+    """What trains: what matches a pattern of ``trainable`` and none of ``freeze``; with ``lora``, adapters alone."""
 
     trainable: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
+    lora: AdaptersConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora and (self.trainable, self.freeze) != (("*",), ()):
+            raise ValueError("finetune.lora trains adapters alone, so trainable and freeze must be left out")
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Share:
 
 
 def prepare(denoiser: Denoiser, config: FinetuneConfig, new: Collection[str] = ()) -> Share:
-    """Freeze what is not to train. Call it before sharding, on every process, which may hold the network on the meta device.
+    """Freeze what is not to train, add what is. Call it before sharding, on every process, also where the network is on "meta".
 
     Args:
         denoiser: changed in place.
@@ -54,14 +61,22 @@ def prepare(denoiser: Denoiser, config: FinetuneConfig, new: Collection[str] = (
         UserError: a pattern that matches nothing, nothing left to train, or frozen parameters without published values.
     """
     own = dict(denoiser.network.named_parameters())
-    chosen = matching(own, config.trainable, "finetune.trainable") - matching(own, config.freeze, "finetune.freeze")
-    if not chosen:
-        raise UserError("finetune: nothing is left to train: finetune.freeze names all of finetune.trainable")
+    chosen: set[str] = set()
+    if config.lora is None:
+        chosen = matching(own, config.trainable, "finetune.trainable") - matching(own, config.freeze, "finetune.freeze")
+        if not chosen:
+            raise UserError("finetune: nothing is left to train: finetune.freeze names all of finetune.trainable")
     if random := [name.removeprefix(PREFIX) for name in new if name.removeprefix(PREFIX) not in chosen]:
         raise UserError(
             f"finetune: {random[0]}, one of {len(random)} parameters that the published model lacks, would stay random: "
             "let it train (finetune.trainable), or start from a model that has it"
         )
+    if config.lora:
+        layers = matching(adapters.linear_layers(denoiser), config.lora.targets, "finetune.lora.targets")
+        if not layers:
+            raise UserError("finetune: nothing is left to train: finetune.lora.targets is empty")
+        adapters.inject(denoiser, layers, config.lora)
+        return Share.of(denoiser.parameters())
     for name, p in own.items():
         p.requires_grad_(name in chosen)
     return Share.of(denoiser.parameters())

@@ -33,7 +33,7 @@ from composer.utils import dist, get_device, reproducibility  # noqa: E402
 # torch and Composer warn about their own ways.
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated|FSDP2 Config/APIs are experimental")
 
-from model import checkpoint, command, config, finetuning, optimizers, provenance, registry, resume, sharding, telemetry  # noqa: E402
+from model import adapters, checkpoint, command, config, finetuning, optimizers, provenance, registry, resume, sharding, telemetry  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
 from model.data import dataset  # noqa: E402
 from model.data.dataset import DataConfig  # noqa: E402
@@ -207,7 +207,11 @@ def publish(
         return
     folder = Path(c.folder, c.name, f"model-step-{step:07d}")
     origin = checkpoint.Origin(c.name, step, provenance.git_commit())
-    checkpoint.write(folder, weights, config.to_tree(c), manifests, origin)
+    lora = c.finetune.lora if c.finetune else None
+    plain = adapters.merged(weights, c.model, lora) if lora else weights
+    checkpoint.write(folder, plain, config.to_tree(c), manifests, origin)
+    if lora:
+        adapters.write(folder / checkpoint.ADAPTER, weights, lora)
     print(f"model of step {step}: {folder}")
     if c.publish:
         data = hashlib.sha256("".join(manifest.to_json() for manifest in manifests.values()).encode()).hexdigest()[:16]

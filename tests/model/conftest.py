@@ -1,5 +1,6 @@
 """What the model's tests share: small networks and what they are told, and small real datasets (MDS shards with a manifest)."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -257,6 +258,15 @@ class Training:
             assert process.poll() is None and time.monotonic() < deadline, self.log[-3000:]
             time.sleep(0.005)
 
+    def take_back(self, to: int) -> None:
+        """Remove what the run has made after step ``to``, of which there is a checkpoint."""
+        for folder in (self.folder / "tiny").glob("model-step-*"):
+            shutil.rmtree(folder)
+        for folder in (self.folder / "tiny" / "checkpoints").iterdir():
+            if int(folder.name.partition("-ba")[2]) > to:
+                shutil.rmtree(folder)
+        assert self.whole[-1] == to
+
     @property
     def log(self) -> str:
         """All that its processes have printed so far."""
@@ -297,6 +307,25 @@ def training(run_data: Path) -> Callable[..., Training]:
         return Training(folder, run_data, **values)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def published_base(tmp_path_factory: pytest.TempPathFactory, training: Callable[..., Training]) -> Path:
+    """The folder of a published model of ``training``'s kind, whose every weight matters to what it samples."""
+    from model import checkpoint, config
+    from model.data import dataset
+    from model.denoiser import Denoiser
+    from model.train import TrainConfig
+
+    folder = tmp_path_factory.mktemp("base")
+    c = config.load(TrainConfig, training(folder / "run").write_yaml())
+    torch.manual_seed(1)
+    denoiser = Denoiser(c.model)
+    torch.nn.init.normal_(denoiser.network.self_conditioning_norm.weight, std=0.3)
+    weights = checkpoint.gather(dict(denoiser.named_parameters()))
+    origin = checkpoint.Origin("base", 0, "0")
+    checkpoint.write(folder / "model", weights, config.to_tree(c), dataset.manifests(c.data), origin)
+    return folder / "model"
 
 
 @pytest.fixture(autouse=True)

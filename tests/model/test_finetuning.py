@@ -1,6 +1,5 @@
 """Training part of a published model: what is frozen stays to the bit, from the first step to the published weights."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from torch import nn
 
 from model import checkpoint, config, finetuning, optimizers
-from model.checkpoint import Origin
 from model.config import UserError
 from model.denoiser import Denoiser
 from model.ema import EMA, EMAConfig
@@ -115,36 +112,20 @@ def test_it_needs_a_published_model(tmp_path: Path, training: Callable[..., Any]
         config.load(TrainConfig, training(tmp_path).write_yaml(), ["finetune={trainable: [head.*]}"])
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, training: Callable[..., Any]) -> Path:
-    """A published model of the tiny run's kind, whose every weight matters to what it samples."""
-    folder = tmp_path_factory.mktemp("base")
-    c = config.load(TrainConfig, training(folder / "run").write_yaml())
-    torch.manual_seed(1)
-    denoiser = Denoiser(c.model)
-    nn.init.normal_(denoiser.network.self_conditioning_norm.weight, std=0.3)
-    weights = checkpoint.gather(dict(denoiser.named_parameters()))
-    checkpoint.write(folder / "model", weights, config.to_tree(c), {}, Origin("base", 0, "0"))
-    return folder / "model"
-
-
-def resumed(run: Any, *overrides: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights that a run of 6 steps publishes, and those that it publishes once taken back to its checkpoint of step 3."""
-    run.finish(run.start(*overrides))
-    first = run.weights()
-    shutil.rmtree(run.folder / "tiny" / "model-step-0000006")
-    shutil.rmtree(run.folder / "tiny" / "checkpoints" / next((run.folder / "tiny" / "checkpoints").glob("*-ba6")).name)
-    run.finish(run.start(*overrides))
-    assert "goes on from" in run.log
-    return first, run.weights()
-
-
 @pytest.mark.slow
-def test_two_processes_train_a_part_resume_and_publish(tmp_path: Path, training: Callable[..., Any], base: Path) -> None:
+def test_two_processes_train_a_part_resume_and_publish(
+    tmp_path: Path, training: Callable[..., Any], published_base: Path
+) -> None:
     run = training(tmp_path, steps=6, every=3)
     part = "finetune={trainable: [conditioning.*, blocks.1.*, head.*], freeze: [head.bias]}"
-    first, again = resumed(run, f"initialise_from={base}", part, "model.network.checkpoint_blocks=true", "faults.policy=skip")
-    start = load_file(base / checkpoint.WEIGHTS)
+    overrides = (f"initialise_from={published_base}", part, "model.network.checkpoint_blocks=true", "faults.policy=skip")
+    run.finish(run.start(*overrides))
+    first = run.weights()
+    run.take_back(to=3)
+    run.finish(run.start(*overrides))
+    assert "goes on from" in run.log
+    again = run.weights()
+    start = load_file(published_base / checkpoint.WEIGHTS)
     assert first.keys() == start.keys()
     for name, weight in first.items():
         assert torch.equal(weight, again[name]), name
@@ -158,11 +139,9 @@ def test_two_processes_train_a_part_resume_and_publish(tmp_path: Path, training:
 
 
 @pytest.mark.slow
-def test_a_pattern_without_match_ends_two_processes_with_one_line(
-    tmp_path: Path, training: Callable[..., Any], base: Path
-) -> None:
+def test_two_processes_end_with_one_line_on_a_pattern_without_match(tmp_path: Path, training: Any, published_base: Path) -> None:
     run = training(tmp_path)
-    process = run.start(f"initialise_from={base}", "finetune={trainable: [hed.*]}")
+    process = run.start(f"initialise_from={published_base}", "finetune={trainable: [hed.*]}")
     assert process.wait(timeout=120) == 2
     told = [line for line in run.log.splitlines() if line.startswith("error:")]
     assert told and all("'hed.*' matches no name" in line for line in told)
