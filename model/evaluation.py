@@ -144,7 +144,18 @@ class Evaluation(Callback):
         self.last_step = -1
         self.latest: dict[str, float] = {}
 
+    def measured(self, state: State, logger: Logger) -> dict[str, float]:
+        """The metrics of the present step, by which it is published; also of a run that had nothing left to train. Collective."""
+        self._load()
+        self._evaluate(state, logger)
+        return self.latest
+
     def fit_start(self, state: State, logger: Logger) -> None:
+        self._load()
+
+    def _load(self) -> None:
+        if self.places:
+            return
         self.places = share(self.counts, dist.get_global_rank(), dist.get_world_size())
         self.samples = [self.dataset.parts[place.kind].held_out_sample(place.index) for place in self.places]
 

@@ -181,7 +181,7 @@ def train(c: TrainConfig) -> None:
             trainer.fit()
         elif dist.get_global_rank() == 0:
             print(f"{c.name} has made {done} steps already, of {c.schedule.steps} asked for: nothing to train")
-        measured = evaluation.latest if evaluation else {}
+        measured = evaluation.measured(trainer.state, trainer.logger) if evaluation else {}
         weights = checkpoint.gather(ema.averaged(trainer.state.model))
         publish(c, weights, int(trainer.state.timestamp.batch), manifests, tracking, measured)
     except BaseException as error:

@@ -18,11 +18,12 @@ Runs = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, training: Runs) -> Any:
-    return training(tmp_path_factory.mktemp("uninterrupted"))
+    run = training(tmp_path_factory.mktemp("uninterrupted"))
+    run.finish(run.start())
+    return run
 
 
 def test_a_run_trains_tracks_and_publishes(uninterrupted: Any) -> None:
-    uninterrupted.finish(uninterrupted.start())
     client = MlflowClient(f"sqlite:///{uninterrupted.folder}/mlflow.db")
     version = client.get_model_version_by_alias("tiny", "newest")
     run = client.get_run(version.run_id)
@@ -43,13 +44,16 @@ def test_a_run_that_is_done_publishes_once_and_ends_well(uninterrupted: Any) -> 
     before = load_file(folder / checkpoint.WEIGHTS)
     shutil.rmtree(folder)
     steps = uninterrupted.steps
-    uninterrupted.finish(uninterrupted.start(f"schedule.steps={steps - 4}"))
+    evaluation = "evaluation={every: 1000, videos: 3, images: 2, bands: [0.3], batch: 2}"
+    uninterrupted.finish(uninterrupted.start(f"schedule.steps={steps - 4}", evaluation))
     assert f"tiny has made {steps} steps already, of {steps - 4} asked for: nothing to train" in uninterrupted.log
     for name, tensor in load_file(folder / checkpoint.WEIGHTS).items():
         assert torch.equal(tensor, before[name]), name
     client = MlflowClient(f"sqlite:///{uninterrupted.folder}/mlflow.db")
     assert len(client.search_model_versions("name='tiny'")) == 1
-    assert client.get_run(client.get_model_version_by_alias("tiny", "newest").run_id).info.status == "FINISHED"
+    run = client.get_run(client.get_model_version_by_alias("tiny", "newest").run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["eval/loss/videos/total"] > 0, "a gate needs the metrics, trained or not"
 
 
 UNET = (
