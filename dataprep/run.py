@@ -6,6 +6,7 @@ The only file that knows Spark, but for daemon.py, where its workers come from. 
     prepare   a row group, the media -> a committed part: shards and accounts        a Spark task per partition
     gather    all parts              -> the pool of all decoded clips                here, moves and small files only
     select    the pool               -> datasets with index, manifest and accounts   here, links; copies of some shards
+    report    accounts, some samples -> report.html                                  here
 
 Spark carries partition numbers to the workers and a few counts back; everything else goes through the file system.
 """
@@ -19,6 +20,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark import InheritableThread, SparkConf, SparkContext
 from tqdm import tqdm
 
-from dataprep import daemon, ingest, partition, selection, shards
+from dataprep import daemon, ingest, partition, report, selection, shards
 from dataprep.encode import StageConfig
 from dataprep.partition import Recipe
 from dataprep.selection import SelectConfig
@@ -125,6 +127,7 @@ def run(c: DataprepConfig) -> None:
             outcome = _select(c, job, workspace / "finished")
             if not c.overwrite and shards.describe_output(output):  # another job was faster
                 raise _taken(output, decoded=False)
+            report.write(workspace / "finished", title=output.name)
             shards.swap_in(workspace, output)
     _report(output, outcome)
 
@@ -178,6 +181,7 @@ def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int)
     recipe, select, folder = c.recipe, c.select, str(workspace)
     if Path(recipe.text.path).is_dir():  # workers may run elsewhere than here
         recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, path=str(Path(recipe.text.path).absolute())))
+    threading.Thread(target=report.preload, daemon=True).start()  # while Java starts
     workers = {daemon.TEXT_PATH: recipe.text.path, daemon.MAX_TOKENS: str(recipe.text.max_tokens)}
     with _spark_context(c.spark, workers) as spark:
         done, kept, clips = spark.accumulator(0), spark.accumulator(0), spark.accumulator(0)
@@ -305,7 +309,8 @@ def _report(output: Path, outcome: Outcome) -> None:
     _counts("filtered", outcome.clip_reasons)
     for dataset, samples in sorted(outcome.samples.items()):
         print(f"  {samples:6} samples in {output / dataset}")
-    print(f"  what became of each input: {output / shards.ITEMS_NAME}; of each clip: {output / shards.CLIPS_NAME}", flush=True)
+    print(f"  what became of each input: {output / shards.ITEMS_NAME}; of each clip: {output / shards.CLIPS_NAME}")
+    print(f"  all of it on a page: {output / report.REPORT_NAME}", flush=True)
 
 
 def _counts(fate: str, reasons: dict[str, int]) -> None:

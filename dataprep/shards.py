@@ -280,6 +280,23 @@ def gather(workspace: Path, parts: int, progress: Callable[[], object]) -> None:
     (pool / SHARDS_NAME).write_text(json.dumps({"datasets": datasets, "text_width": text_width}))
 
 
+def read_sample(pool: Path, datasets: dict[str, list[dict[str, Any]]], dataset: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The sample of a clip (a row of ``clips.parquet``) in a data set such as "stage1/videos", from the pool.
+
+    Args:
+        datasets: the pool's shards by data set, from ``shards.json``.
+    """
+    from streaming.base.format import reader_from_json
+
+    series, position = series_name(row["part"], row["aside"]), row["position"]
+    for shard in datasets[dataset]:
+        if Path(shard["raw_data"]["basename"]).parent.name == series:
+            if position < shard["samples"]:
+                return reader_from_json(str(pool / dataset), "", shard).get_item(position)
+            position -= shard["samples"]
+    raise ValueError(f"{dataset} has no sample {row['position']} in {series}")
+
+
 def swap_in(workspace: Path, output: Path) -> None:
     """Make ``finished`` the output. What was there before is replaced; the work folder goes."""
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,7 @@ def test_streaming_reads_every_clip_of_both_stages(finished: Finished, media: An
 
 
 def test_shard_hashes_hold_and_nothing_else_lies_there(finished: Finished) -> None:
-    named = {"items.parquet", "rejects.parquet", "clips.parquet", "job.json"}
+    named = {"items.parquet", "rejects.parquet", "clips.parquet", "job.json", "report.html"}
     for dataset in ("stage1/videos", "stage1/images", "stage2/videos", "stage2/images"):
         index = json.loads((finished.output / dataset / "index.json").read_text())
         for shard in index["shards"]:

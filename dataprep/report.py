@@ -1,0 +1,283 @@
+"""What a data set holds, on one page: ``python -m dataprep.report OUTPUT`` writes ``OUTPUT/report.html``.
+
+The job does so at its end. One self-contained file: counts, reasons, histograms with the thresholds in them, a seeded sheet of
+kept clips, and examples of each reason for which clips were filtered. Captions, keys and paths are anyone's words: all are
+escaped, and the page may load nothing.
+"""
+
+import argparse
+import base64
+import dataclasses
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from dataprep import shards
+from dataprep.selection import SelectConfig
+from model import command
+from model.config import UserError
+
+REPORT_NAME = "report.html"
+SHEET_CLIPS = 24
+EXAMPLES = 6  # of each reason
+THUMBNAIL_HEIGHT = 72  # pixels
+STRIP_FRAMES = 4  # of a video, side by side
+MOTION_FLOOR = 1e-5  # less is drawn there: the axis is logarithmic
+COLOURS = {"kept": "#3b7a57", "filtered": "#d08c3f"}
+
+TEMPLATE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1240px; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
+.tables { display: flex; flex-wrap: wrap; gap: 3rem; } .plot { width: 100%; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: 1rem; }
+figure { margin: 0; } figure img { max-width: 100%; display: block; }
+figcaption { font-size: .85rem; overflow-wrap: anywhere; max-height: 9rem; overflow-y: auto; }
+.dim { color: #777; font-size: .78rem; }
+</style></head><body>
+<h1>{{ title }}</h1>
+<div class="tables">
+{% for table in tables %}<div><h2>{{ table.name }}</h2><table>
+{% for name, count, note in table.rows %}<tr><td>{{ name }}</td><td class="n">{{ count }}</td><td class="dim">{{ note }}</td></tr>
+{% else %}<tr><td class="dim">none</td></tr>
+{% endfor %}</table></div>
+{% endfor %}</div>
+<h2>Distributions</h2>
+<img class="plot" alt="histograms" src="{{ histograms }}">
+{% for sheet in sheets %}<h2>{{ sheet.name }}</h2>
+<div class="sheet">
+{% for cell in sheet.cells %}<figure><img alt="" src="{{ cell.image }}"><figcaption>{{ cell.caption }}
+<div class="dim">{{ cell.key }}</div><div class="dim">{{ cell.note }}</div></figcaption></figure>
+{% endfor %}</div>
+{% endfor %}
+{% if not sheets %}<p>No pictures: the pool is gone.</p>{% endif %}
+</body></html>
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A list of counts."""
+
+    name: str
+    rows: list[tuple[str, str, str]]  # name, count, note
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A clip on a sheet."""
+
+    image: str  # data URI
+    caption: str
+    key: str
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """Clips with something in common."""
+
+    name: str
+    cells: list[Cell]
+
+
+def preload() -> None:
+    """Import what ``write`` needs: seconds, which can pass while something else is waited for."""
+    import jinja2  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import streaming.base.format  # noqa: F401
+
+
+def write(output: Path, seed: int = 0, title: str = "") -> Path:
+    """Write the report of a finished job's ``output`` into it, and return its path.
+
+    Raises:
+        UserError: not an output of dataprep.
+    """
+    import jinja2
+
+    try:
+        job = json.loads((output / shards.JOB_NAME).read_text(encoding="utf-8"))
+        stages, frame_rate = job["config"]["stages"], job["config"]["clips"]["frame_rate"]
+        select, outcome = SelectConfig(**job["select"]), shards.Outcome(**job["outcome"])
+        clips, items = pq.read_table(output / shards.CLIPS_NAME), pq.read_table(output / shards.ITEMS_NAME)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{output} is not a finished output of dataprep: {type(error).__name__}: {error}") from error
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
+    html = page.render(
+        title=f"Data set {title or output.name}",
+        tables=_tables(outcome, clips, frame_rate),
+        histograms=_uri(_histograms(items, clips, frame_rate, select), "png"),
+        sheets=_sheets(output / shards.POOL_NAME, clips, stages, seed),
+    )
+    path = output / REPORT_NAME
+    partial = path.with_name(f".{REPORT_NAME}.partial")
+    partial.write_text(html, encoding="utf-8", errors="replace")
+    partial.replace(path)
+    return path
+
+
+def _tables(outcome: shards.Outcome, clips: pa.Table, frame_rate: float) -> list[Table]:
+    def share(count: int, total: int) -> str:
+        return f"{100 * count / total:.1f} %" if total else ""
+
+    inputs = outcome.kept + outcome.filtered + outcome.rejected
+    kept = clips.filter(pc.and_(pc.equal(clips["fate"], "kept"), pc.equal(clips["kind"], "video")))
+    hours = (pc.sum(kept["frames"]).as_py() or 0) / frame_rate / 3600
+    total = outcome.clips_kept + outcome.clips_filtered
+    return [
+        Table(
+            "Inputs",
+            [
+                (name, f"{count:,}", share(count, inputs))
+                for name, count in (("kept", outcome.kept), ("filtered", outcome.filtered), ("rejected", outcome.rejected))
+            ],
+        ),
+        Table(
+            "Clips and images",
+            [
+                ("kept", f"{outcome.clips_kept:,}", share(outcome.clips_kept, total)),
+                ("filtered", f"{outcome.clips_filtered:,}", share(outcome.clips_filtered, total)),
+                ("kept video", f"{hours:,.2f} h", ""),
+            ],
+        ),
+        Table("Samples", [(name, f"{count:,}", "") for name, count in sorted(outcome.samples.items())]),
+        Table("Clips filtered as", _ranked(outcome.clip_reasons, total)),
+        Table("Inputs rejected as", _ranked(outcome.reasons, inputs)),
+    ]
+
+
+def _ranked(reasons: dict[str, int], total: int) -> list[tuple[str, str, str]]:
+    return [(name, f"{count:,}", f"{100 * count / total:.1f} %") for name, count in Counter(reasons).most_common()]
+
+
+def _histograms(items: pa.Table, clips: pa.Table, frame_rate: float, select: SelectConfig) -> bytes:
+    """A PNG of eight panels, kept and filtered clips stacked, thresholds as lines."""
+    from matplotlib.figure import Figure  # half a second to import
+
+    decoded = items.filter(pc.and_(pc.equal(items["kind"], "video"), pc.not_equal(items["fate"], "rejected")))
+    videos = clips.filter(pc.equal(clips["kind"], "video"))
+
+    def column(table: pa.Table, name: str) -> np.ndarray:
+        return table[name].to_numpy().astype(np.float64)
+
+    def letterbox(table: pa.Table) -> np.ndarray:
+        top, bottom, left, right = (column(table, f"bar_{side}") for side in ("top", "bottom", "left", "right"))
+        return 2 * np.maximum(np.minimum(top, bottom), np.minimum(left, right))
+
+    words = np.array([len(caption.as_py().split()) for caption in clips["caption"]], np.float64)
+    motion = np.log10(np.maximum(column(videos, "motion"), MOTION_FLOOR))
+    least = float(np.log10(max(select.min_motion, MOTION_FLOOR)))
+    panels: list[tuple[str, pa.Table, np.ndarray, tuple[float, float] | None, float | None]] = [
+        ("seconds of a source", decoded, column(decoded, "seconds"), None, None),
+        ("frames per second of a source", decoded, column(decoded, "frame_rate"), None, None),
+        ("seconds of a clip", videos, column(videos, "frames") / frame_rate, None, None),
+        ("words of a caption", clips, words, None, None),
+        ("motion, power of ten", videos, motion, (float(np.log10(MOTION_FLOOR)), 0), least),
+        ("sharpness", clips, column(clips, "sharpness"), (0, 1), select.min_sharpness),
+        ("brightness", clips, column(clips, "brightness"), (0, 1), select.min_brightness),
+        ("black bars", clips, letterbox(clips), (0, 1), select.max_letterbox),
+    ]
+    figure = Figure(figsize=(12.4, 5.4), dpi=100, layout="constrained")
+    for axes, (name, table, values, ends, limit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
+        fates = table["fate"].to_numpy(zero_copy_only=False)
+        groups = [values[fates == fate] for fate in COLOURS]
+        axes.hist(
+            groups,
+            bins=np.histogram_bin_edges(values, bins=30, range=ends),
+            stacked=True,
+            color=list(COLOURS.values()),
+            label=list(COLOURS),
+        )
+        if limit is not None:
+            axes.axvline(limit, color="#b03030", linewidth=1, linestyle="--", label="threshold")
+        axes.set_title(name, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+    figure.axes[5].legend(fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _sheets(pool: Path, clips: pa.Table, stages: list[dict[str, Any]], seed: int) -> list[Sheet]:
+    """Drawn anew for another seed; the same for the same."""
+    if not (pool / shards.SHARDS_NAME).is_file():
+        return []
+    stage = max(stages, key=lambda stage: stage["height"] * stage["width"])
+    datasets = json.loads((pool / shards.SHARDS_NAME).read_text())["datasets"]
+    rng = np.random.default_rng(seed)
+    fates = clips["fate"].to_numpy(zero_copy_only=False)
+    reasons = clips["reason"].to_numpy(zero_copy_only=False)
+    sheets = []
+    wanted = [("Kept", fates == "kept", SHEET_CLIPS)]
+    wanted += [(f"Filtered: {reason}", reasons == reason, EXAMPLES) for reason in sorted(set(reasons) - {""})]
+    for name, mask, most in wanted:
+        candidates = np.flatnonzero(mask)
+        if len(candidates):
+            drawn = np.sort(rng.choice(candidates, size=min(most, len(candidates)), replace=False))
+            cells = [_cell(pool, datasets, stage, row) for row in clips.take(pa.array(drawn)).to_pylist()]
+            sheets.append(Sheet(f"{name} ({len(cells)} of {len(candidates):,})", cells))
+    return sheets
+
+
+def _cell(pool: Path, datasets: dict[str, list[dict[str, Any]]], stage: dict[str, Any], row: dict[str, Any]) -> Cell:
+    pictures = _thumbnails(pool, datasets, stage, row)
+    gap = np.full((THUMBNAIL_HEIGHT, 2, 3), 255, np.uint8)
+    strip = [piece for picture in pictures for piece in (picture, gap)][:-1]
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(strip, axis=1)).save(buffer, "JPEG", quality=80)
+    moved = f"motion {row['motion']:.4f}, " if row["kind"] == "video" else ""
+    note = f"{moved}sharpness {row['sharpness']:.2f}, brightness {row['brightness']:.2f}"
+    return Cell(_uri(buffer.getvalue(), "jpeg"), row["caption"], row["key"], row["detail"] or note)
+
+
+def _thumbnails(
+    pool: Path, datasets: dict[str, list[dict[str, Any]]], stage: dict[str, Any], row: dict[str, Any]
+) -> list[np.ndarray]:
+    """Small (h, w, 3) pictures of a few frames of a clip, from the pool."""
+    sample = shards.read_sample(pool, datasets, f"{stage['name']}/{row['kind']}s", row)
+    ends = sample["frame_ends"].tolist()
+    numbers = np.unique(np.linspace(0, len(ends) - 1, min(STRIP_FRAMES, len(ends))).round().astype(int)).tolist()
+    size = (round(stage["width"] * THUMBNAIL_HEIGHT / stage["height"]), THUMBNAIL_HEIGHT)
+    pictures = []
+    for number in numbers:
+        data = sample["frames"][ends[number - 1] if number else 0 : ends[number]]
+        if stage["frame_format"] == "raw":
+            picture = Image.frombytes("RGB", (stage["width"], stage["height"]), data)
+        else:
+            picture = Image.open(io.BytesIO(data)).convert("RGB")
+        pictures.append(np.asarray(picture.resize(size)))
+    return pictures
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a page about a prepared data set: counts, reasons, histograms, samples.")
+    parser.add_argument("output", help="the output folder of dataprep.run")
+    parser.add_argument("--seed", type=int, default=0, help="of the clips that are shown (default 0)")
+    parser.add_argument("--debug", action="store_true", help="show stack traces of errors")
+    options = parser.parse_args(arguments)
+    command.guard(lambda: print(f"report: {write(Path(options.output), options.seed)}", flush=True), options.debug)
+
+
+if __name__ == "__main__":
+    main()
