@@ -1,15 +1,15 @@
 """Between the gradients and the optimiser: clip them, or keep a broken step from the weights.
 
 A step is broken if its loss or the norm of its gradients is not finite, or its loss is a spike. Nothing of it reaches the
-weights, the optimiser's state or their average. Rolling back to a checkpoint is not among the policies: a run that stopped is
-started again from its newest one.
+weights, the optimiser's state or their average. What made a loss spike may be in the weights already, from the steps before. To
+roll back takes these steps, too, from weights, optimiser and average, and goes on with the next batch: none is met again.
 """
 
 import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
+from model import resume
 from model.config import RunError
 from model.denoiser import LossTerms
 from model.ema import EMA
@@ -32,17 +33,20 @@ NAMED = 8  # most samples that the log names; the file names all
 class FaultsConfig:
     """What to do about a broken step."""
 
-    policy: Literal["stop", "skip"] = "stop"
+    policy: Literal["stop", "skip", "roll_back"] = "stop"
     spike: float | None = (
         None  # a loss of more than this many times the mean of the steps before breaks a step; None: no loss does
     )
-    in_a_row: int = 10  # with skip: after as many skipped steps the next broken one ends the run
+    in_a_row: int = 10  # after as many skipped steps the next broken one ends the run
+    roll_backs: int = 3  # to one checkpoint; the next broken step before a newer one ends the run
 
     def __post_init__(self) -> None:
         if self.spike is not None and not self.spike > 1:
             raise ValueError(f"spike must be more than 1, got {self.spike}")
         if self.in_a_row < 1:
             raise ValueError(f"in_a_row must be at least 1, got {self.in_a_row}")
+        if self.roll_backs < 1:
+            raise ValueError(f"roll_backs must be at least 1, got {self.roll_backs}")
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,24 @@ class History:
     steps: int = 0  # sound ones so far
     skipped: int = 0  # so far
     in_a_row: int = 0  # skipped since the last sound one
+    rolled_back: int = 0  # so far
+    back_to: int = 0  # the step of the checkpoint rolled back to last
+    times: int = 0  # to that one
 
     def with_sound(self, loss: float) -> "History":
         """After a step that trained."""
         steps = self.steps + 1
-        return History(self.mean + (loss - self.mean) / min(steps, WINDOW), steps, self.skipped)
+        return replace(self, mean=self.mean + (loss - self.mean) / min(steps, WINDOW), steps=steps, in_a_row=0)
 
     def with_skipped(self) -> "History":
         """After a step that did not."""
-        return History(self.mean, self.steps, self.skipped + 1, self.in_a_row + 1)
+        return replace(self, skipped=self.skipped + 1, in_a_row=self.in_a_row + 1)
+
+    def with_roll_back(self, then: "History", step: int) -> "History":
+        """After a return to the checkpoint of ``step``: what was usual ``then``, and what happened since."""
+        times = 1 + (self.times if self.back_to == step else 0)
+        counted = replace(self, in_a_row=0, rolled_back=self.rolled_back + 1, back_to=step, times=times)
+        return replace(counted, mean=then.mean, steps=then.steps)
 
 
 def fault(loss: float, gradient_norm: float, history: History, spike: float | None) -> str | None:
@@ -73,6 +86,17 @@ def fault(loss: float, gradient_norm: float, history: History, spike: float | No
     if spike is not None and history.steps >= WINDOW and loss > spike * history.mean:
         return f"the loss is {loss:.4g}, {loss / history.mean:.1f} times the mean of {history.mean:.4g}"
     return None
+
+
+Remedy = Literal["stopped", "skipped", "rolled back"]
+
+
+def remedy(config: FaultsConfig, history: History, newest: int | None) -> Remedy:
+    """What to do about a broken step; ``newest`` is the step of the newest whole checkpoint, if there is one to roll back to."""
+    if config.policy == "roll_back" and newest is not None:
+        spent = history.times if history.back_to == newest else 0
+        return "rolled back" if spent < config.roll_backs else "stopped"
+    return "skipped" if config.policy != "stop" and history.in_a_row < config.in_a_row else "stopped"
 
 
 def clip(gradients: Sequence[Tensor], norm: Tensor, bound: float) -> None:
@@ -104,15 +128,16 @@ class StepGuard(Callback):
 
     Attributes:
         gradient_norm: of the whole gradient before clipping, at the last step.
-        history: what is usual, and what was skipped.
+        history: what is usual, and what was skipped or rolled back.
     """
 
-    def __init__(self, config: FaultsConfig, clip_norm: float, ema: EMA, folder: Path) -> None:
-        """``folder`` is where the samples of broken steps are listed."""
+    def __init__(self, config: FaultsConfig, clip_norm: float, ema: EMA, folder: Path, checkpoints: Path | None = None) -> None:
+        """``folder`` is where the samples of broken steps are listed, ``checkpoints`` what to roll back to."""
         self.config = config
         self.clip_norm = clip_norm
         self.ema = ema
         self.folder = folder
+        self.checkpoints = checkpoints
         self.gradient_norm = 0.0
         self.history = History()
         self._losses: list[Tensor] = []
@@ -140,23 +165,41 @@ class StepGuard(Callback):
             clip(gradients, norm, self.clip_norm)
             self.history = self.history.with_sound(loss)
             return
-        skips = self.config.policy == "skip" and self.history.in_a_row < self.config.in_a_row
-        told_of = self._report(state, reason, losses, "skipped" if skips else "stopped")
-        if not skips:
+        newest = self._newest_checkpoint()
+        step = None if newest is None else resume.step_of(newest)
+        done = remedy(self.config, self.history, step)
+        told_of = self._report(state, reason, losses, f"rolled back to {step}" if done == "rolled back" else done)
+        if done == "stopped":
             raise RunError(told_of)
         if dist.get_global_rank() == 0:
             print(f"\n{told_of}", file=sys.stderr, flush=True)
-        self.history = self.history.with_skipped()
-        logger.log_metrics({"faults/skipped": self.history.skipped})
         for p in params:
             p.grad = None  # optimisers leave a parameter without gradient, and its state, alone
         self.ema.rest = True
+        if newest is not None and step is not None and done == "rolled back":
+            now = self.history
+            resume.restore(state, newest, (self.ema, self))
+            self.history = now.with_roll_back(self.history, step)
+            logger.log_metrics({"faults/rolled_back": self.history.rolled_back})
+        else:
+            self.history = self.history.with_skipped()
+            logger.log_metrics({"faults/skipped": self.history.skipped})
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.history)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = History(**state)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """To roll back to, if that is the policy. Collective; reads all of it.
+
+        Raises:
+            UserError: there are checkpoints and all are damaged.
+        """
+        if self.config.policy != "roll_back" or self.checkpoints is None:
+            return None
+        return resume.find_whole(self.checkpoints).newest
 
     def _report(self, state: State, reason: str, losses: Tensor, outcome: str) -> str:
         """List the step's samples in a file; return the line for the log. Collective."""

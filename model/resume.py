@@ -12,15 +12,19 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from composer.callbacks import CheckpointSaver
-from composer.core import Event, State
+from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_into
 
 from model.config import UserError
 from model.preemption import Preemption
@@ -73,6 +77,27 @@ def find_whole(checkpoints: Path) -> Found:
         told = "; ".join(f"{folder.name}: {why}" for folder, why in ignored.items())
         raise UserError(f"{checkpoints}: no checkpoint is whole ({told}); move the folder away to start the run over")
     return Found(None, ignored)
+
+
+def restore(state: State, folder: Path, callbacks: Sequence[Callback]) -> None:
+    """Bring weights, optimiser and the states of ``callbacks`` back to a checkpoint's, within a run. Collective.
+
+    All else stays: the number of the step and with it the schedule, the place in the data, the random state.
+    """
+    parts: dict[str, Any] = {"model": state.get_model_state_dict(), "optimizers": state.get_optim_state_dict()}
+    parts["callbacks"] = {type(callback).__qualname__: callback.state_dict() for callback in callbacks}
+    load_into({"state": parts}, storage_reader=FileSystemReader(folder))
+    set_model_state_dict(state.model, parts["model"])
+    state.load_optim_state(parts)
+    for callback in callbacks:
+        callback.load_state_dict(parts["callbacks"][type(callback).__qualname__])
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser steps behind a checkpoint, by its folder's name."""
+    name = NAME.fullmatch(checkpoint.name)
+    assert name is not None
+    return int(name[1])
 
 
 def seal(folder: Path) -> None:

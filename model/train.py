@@ -141,7 +141,7 @@ def train(c: TrainConfig) -> None:
         denoiser.network.compile_blocks()
     denoiser.flops_per_batch = telemetry.flops_per_batch(c.model, c.data.max_tokens)
     ema = EMA(c.ema)
-    guard = StepGuard(c.faults, c.clip_norm, ema, Path(c.folder, c.name, "faults"))
+    guard = StepGuard(c.faults, c.clip_norm, ema, Path(c.folder, c.name, "faults"), checkpoints)
     callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates), ema, ProgressBar(c.name, c.schedule.steps)]
     callbacks += [LRMonitor(), SpeedMonitor(window_size=20)]
     evaluation = Evaluation(c.evaluation, ema, loader, c.data.max_tokens) if c.evaluation else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.config import RunError
 from model.denoiser import Denoiser
 from model.ema import EMA, EMAConfig
-from model.faults import WINDOW, FaultsConfig, History, StepGuard, Suspect, clip, fault, name_suspects
+from model.faults import WINDOW, FaultsConfig, History, StepGuard, Suspect, clip, fault, name_suspects, remedy
 from model.optimizers import AdamConfig, LAMBConfig, OptimizerConfig, build
 
 NAN, INFINITY = math.nan, math.inf
@@ -85,7 +85,11 @@ def test_the_log_names_what_to_look_at_first() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"spike": 1.0}, "spike must be more than 1, got 1.0"), ({"in_a_row": 0}, "in_a_row must be at least 1")],
+    [
+        ({"spike": 1.0}, "spike must be more than 1, got 1.0"),
+        ({"in_a_row": 0}, "in_a_row must be at least 1"),
+        ({"roll_backs": 0}, "roll_backs must be"),
+    ],
 )
 def test_impossible_settings_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -190,6 +194,25 @@ def test_a_run_that_skips_stops_when_it_does_nothing_else(loop, clips, capsys) -
     assert capsys.readouterr().err.count("skipped: the loss is nan; not finite in clip-2") == 3
     with pytest.raises(RunError, match="^step 5 stopped"):
         run.step(poisoned(clips))
+
+
+def test_a_run_rolls_back_to_one_checkpoint_so_often_and_no_more() -> None:
+    config, history = FaultsConfig(policy="roll_back", roll_backs=2, in_a_row=2), usual(5.0)
+    then = usual(2.0, WINDOW // 2)
+    assert remedy(config, history, 40) == "rolled back"
+    once = history.with_roll_back(then, 40)
+    assert (once.mean, once.steps, once.rolled_back) == (then.mean, then.steps, 1)  # what is usual is as it was then
+    assert remedy(config, once, 40) == "rolled back"
+    twice = once.with_sound(2.0).with_roll_back(then, 40)
+    assert twice.rolled_back == 2 and remedy(config, twice, 40) == "stopped"
+    assert remedy(config, twice, 80) == "rolled back"  # to a newer one
+    assert (twice.with_roll_back(then, 80).rolled_back, twice.with_roll_back(then, 80).times) == (3, 1)
+    # Without a checkpoint yet, the step alone is left out.
+    assert remedy(config, history, None) == "skipped"
+    assert remedy(config, history.with_skipped().with_skipped(), None) == "stopped"
+    # The other policies do not look at checkpoints.
+    assert remedy(FaultsConfig(), history, 40) == "stopped"
+    assert remedy(FaultsConfig(policy="skip"), history, 40) == "skipped"
 
 
 def test_a_spike_is_skipped_and_the_history_goes_through_a_checkpoint(loop, clips) -> None:

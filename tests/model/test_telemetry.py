@@ -1,6 +1,7 @@
 """What the log shows of a run: FLOPs, shares and norms counted right, and a whole run with a broken sample among its data."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,8 @@ import pytest
 import torch
 from composer.devices import DeviceCPU
 from mlflow import MlflowClient
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from model import config, telemetry, text
 from model.lamb import LAMB, LAMBConfig
@@ -109,6 +112,43 @@ def test_a_run_goes_on_without_a_broken_sample_and_tells_its_operator(tmp_path: 
     expected |= {"throughput/frames_per_sec", "throughput/data_wait_share", "faults/skipped"}
     assert expected <= found.keys()
     assert found["faults/skipped"] == len(lists)
+
+
+def saved(run: Any, step: int) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint, whole, by name: weights, optimiser's state and averages."""
+    folder = next((run.folder / "tiny/checkpoints").glob(f"ep*-ba{step}"))
+    dcp_to_torch_save(folder, run.folder / "whole.pt")
+    flat, _ = flatten_state_dict(torch.load(run.folder / "whole.pt", weights_only=False))
+    parts = ("state.model.", "state.optimizers.", "state.callbacks.EMA.")
+    return {name: value for name, value in flat.items() if name.startswith(parts) and torch.is_tensor(value)}
+
+
+@pytest.mark.slow
+def test_a_run_rolls_back_over_the_steps_before_a_broken_one_and_goes_on(tmp_path: Path, training: Any, poisoned: Path) -> None:
+    run = replace(training(tmp_path, steps=11, every=2), data=poisoned)
+    overrides = ("faults.policy=roll_back", "checkpoints.keep=9")
+    run.finish(run.start(*overrides))
+    told = re.compile(r"step (\d+) rolled back to (\d+): the loss is nan; not finite in videos-3; the batch")
+    assert told.findall(run.log) == [("4", "2"), ("10", "8")], run.log[-3000:]  # 5 batches to an epoch: in each, another order
+    for broken, back in ((4, 2), (10, 8)):
+        after, before = saved(run, broken), saved(run, back)
+        assert after.keys() == before.keys() and any("exp_avg" in name for name in after)
+        assert all(torch.equal(value, before[name]) for name, value in after.items())  # of the step between nothing is left
+    assert not all(torch.equal(value, before[name]) for name, value in saved(run, 6).items())
+    batches = [json.loads(path.read_text())["samples"] for path in sorted((tmp_path / "tiny/faults").glob("*.json"))]
+    assert len(batches) == 2 and batches[0] != batches[1]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    entry = client.get_run(client.get_model_version_by_alias("tiny", "newest").run_id)
+    assert entry.data.metrics["faults/rolled_back"] == 2
+    assert len(client.get_metric_history(entry.info.run_id, "loss/train/total")) == 11  # every step once, every batch too
+
+    first = run.weights()
+    for checkpoint, again in ((4, [("10", "8")]), (2, [("4", "2"), ("10", "8")])):  # as if killed after, and before it was saved
+        begin = len(run.log)
+        run.take_back(to=checkpoint)
+        run.finish(run.start(*overrides))
+        assert told.findall(run.log[begin:]) == again
+        assert all(torch.equal(weight, first[name]) for name, weight in run.weights().items())
 
 
 @pytest.mark.slow
