@@ -147,6 +147,7 @@ def _prepare_and_gather(c: DataprepConfig, job: Job, workspace: Path) -> None:
     if len(missing) < job.parts:
         print(f"dataprep: goes on with {job.parts - len(missing)} of {job.parts} partitions done before", flush=True)
     if missing:
+        shutil.rmtree(workspace / "finished", ignore_errors=True)  # of a selection from a pool that is gone since
         _prepare(c, workspace, missing, min(job.items, len(missing) * c.items_per_partition))
     with tqdm(total=job.parts, desc="gather", unit=" partitions", leave=False, delay=1) as bar:
         shards.gather(workspace, job.parts, bar.update)

@@ -298,6 +298,13 @@ def test_other_thresholds_select_anew_without_media_or_spark(finished: Finished,
     assert all(row["reason"] for row in items if row["fate"] != "kept")
     assert {row["fate"] for row in items if row["clips"] and not row["clips_kept"]} <= {"filtered"}
 
+    with pytest.raises(SystemExit) as caught:
+        job.main([*options, "select.min_brightness=1", "overwrite=true"])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert "nothing was kept of 19 inputs: " in told and f"dark ({len(rows)})" in told
+    assert content(tmp_path / "out") == strict
+
     job.main([*options, "overwrite=true"])
     assert content(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
