@@ -22,7 +22,9 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
 
@@ -77,6 +79,27 @@ def find_whole(checkpoints: Path) -> Found:
         told = "; ".join(f"{folder.name}: {why}" for folder, why in ignored.items())
         raise UserError(f"{checkpoints}: no checkpoint is whole ({told}); move the folder away to start the run over")
     return Found(None, ignored)
+
+
+def require_same_parts(checkpoint: Path, model: nn.Module) -> None:
+    """Refuse to go on from a checkpoint in which other parameters train, or of other shapes: there is no state for these.
+
+    Raises:
+        UserError: names one.
+    """
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    average = "state.callbacks.EMA.weights."  # it is of what trains
+    saved = {
+        name.removeprefix(average): tuple(entry.size)
+        for name, entry in stored.items()
+        if name.startswith(average) and isinstance(entry, TensorStorageMetadata)
+    }
+    own = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    for name in sorted(saved.keys() | own.keys()):
+        if saved.get(name) != own.get(name):
+            was, now = (f"trains, {shape}" if (shape := of.get(name)) else "does not train" for of in (saved, own))
+            told = f"{name} {was} in the checkpoint and {now} in this run"
+            raise UserError(f"{checkpoint}: {told}; keep model and finetune as they were, or give the run another name")
 
 
 def restore(state: State, folder: Path, callbacks: Sequence[Callback]) -> None:

@@ -11,10 +11,12 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import finetuning
 from model.data import batch
 from model.data.batch import CHANNELS, PackedBatch
 from model.denoiser import Denoiser, ModelConfig
 from model.faults import StepGuard
+from model.finetuning import FinetuneConfig
 from model.lamb import LAMB
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -31,13 +33,15 @@ class TelemetryConfig:
             raise ValueError(f"every must be at least 1, got {self.every}")
 
 
-def flops_per_sample(config: ModelConfig, max_tokens: int) -> int:
+def flops_per_sample(config: ModelConfig, max_tokens: int, finetune: FinetuneConfig | None = None) -> int:
     """Floating-point operations that training needs for one sample, counted on the meta device.
 
     Matrix products, convolutions and attention of the first pass, the forward and the backward pass, a multiplication and
-    addition as two. Recomputation is left out: it is a price, not progress.
+    addition as two. Recomputation is left out: it is a price, not progress. So are gradients of what ``finetune`` freezes.
     """
     denoiser = Denoiser(replace(config, network=replace(config.network, checkpoint_blocks=False)), "meta")
+    if finetune:
+        finetuning.prepare(denoiser, finetune)
     codec, network = config.codec, config.network
     with torch.device("meta"):
         clips: dict[str, Any] = {
@@ -53,9 +57,9 @@ def flops_per_sample(config: ModelConfig, max_tokens: int) -> int:
     return counted.get_total_flops()
 
 
-def flops_per_batch(config: ModelConfig, max_tokens: int) -> Callable[[PackedBatch], int]:
+def flops_per_batch(config: ModelConfig, max_tokens: int, finetune: FinetuneConfig | None = None) -> Callable[[PackedBatch], int]:
     """What Composer's ``SpeedMonitor`` asks a model for: FLOPs of a process's batch. It logs the share of the device's peak."""
-    of_one = flops_per_sample(config, max_tokens)
+    of_one = flops_per_sample(config, max_tokens, finetune)
     return lambda packed: of_one * batch.num_samples(packed)
 
 

@@ -137,9 +137,11 @@ def train(c: TrainConfig) -> None:
         share = finetuning.prepare(denoiser, c.finetune, new)
         if dist.get_global_rank() == 0:
             print(share, flush=True)
+    if found.newest:
+        resume.require_same_parts(found.newest, denoiser)
     if c.compile:
         denoiser.network.compile_blocks()
-    denoiser.flops_per_batch = telemetry.flops_per_batch(c.model, c.data.max_tokens)
+    denoiser.flops_per_batch = telemetry.flops_per_batch(c.model, c.data.max_tokens, c.finetune)
     ema = EMA(c.ema)
     guard = StepGuard(c.faults, c.clip_norm, ema, Path(c.folder, c.name, "faults"), checkpoints)
     callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates), ema, ProgressBar(c.name, c.schedule.steps)]

@@ -125,6 +125,11 @@ def test_two_processes_train_a_part_resume_and_publish(
     run.finish(run.start(*overrides))
     assert "goes on from" in run.log
     again = run.weights()
+    changed = "finetune={trainable: [conditioning.*, blocks.*, head.*], freeze: [head.bias]}"
+    assert run.start(*overrides, changed).wait(timeout=120) == 2
+    told = [line for line in run.log.splitlines() if line.startswith("error:")]
+    assert "network.blocks.0." in told[0] and "does not train in the checkpoint and trains, " in told[0]
+    assert "Traceback" not in run.log
     start = load_file(published_base / checkpoint.WEIGHTS)
     assert first.keys() == start.keys()
     for name, weight in first.items():

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from model import config, telemetry, text
+from model.finetuning import FinetuneConfig
 from model.lamb import LAMB, LAMBConfig
 from model.telemetry import Telemetry, TelemetryConfig
 from model.train import TrainConfig
@@ -36,6 +37,10 @@ def test_flops_are_those_of_the_plan_without_any_recomputation(yaml: str) -> Non
     assert 0.9 < found / (planned.step - planned.recomputation) <= 1
     without = replace(c.model, self_conditioning=0.0)
     assert found - telemetry.flops_per_sample(without, c.data.max_tokens) == planned.first_pass
+    part = FinetuneConfig(("head.*",))
+    frozen = telemetry.flops_per_sample(c.model, c.data.max_tokens, part)
+    tuned = budget.count(replace(c, finetune=part, initialise_from="models:/base@best"), gpus=2).computation
+    assert 0.9 < frozen / (tuned.step - tuned.recomputation) <= 1 and found - frozen > 0.9 * planned.backward
 
 
 def test_what_is_logged_of_an_interval() -> None:
