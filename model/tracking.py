@@ -198,7 +198,6 @@ def set_up_client(uri: str) -> None:
     mlflow.set_tracking_uri(uri)  # which its artifact clients ask, whatever a client was made with
     # Its own retries take minutes, in which nothing else is sent.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 
 class Tracking(LoggerDestination):
