@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -14,7 +15,7 @@ from model import config
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
-LAUNCHER_SECONDS = 30
+LAUNCHER_SECONDS = 120  # more than rank 0 takes to end, which may wait for a server
 PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -68,8 +69,9 @@ def guard(body: Callable[[], None], debug: bool) -> None:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"error: {said}", file=sys.stderr, flush=True)
         if int(os.environ.get("RANK", "0")) > 0:
-            # Composer's launcher ends all ranks when the first one exits. Rank 0, the one whose line is shown and whose code is
-            # the launcher's, goes first; its end ends this wait.
+            # Composer's launcher ends all ranks when the first one exits, and shows what those print that ended by themselves.
+            # Rank 0, whose line is shown and whose code is the launcher's, goes first; the signal then ends this wait.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(LAUNCHER_SECONDS)
         sys.exit(EXIT_FAILED if isinstance(error, config.RunError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:

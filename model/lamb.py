@@ -105,10 +105,11 @@ class LAMB(Optimizer):
         weight_norms, update_norms = whole_norms(params, weights, updates)
         ratios = weight_norms.clamp(max=group["max_weight_norm"]) / update_norms
         ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
-        torch._foreach_mul_(updates, list(ratios.unbind()))
+        scales = list(ratios.unbind())
         for chunk in chunks:
             raised = _raised(weights[chunk])
-            torch._foreach_add_(raised, updates[chunk], alpha=-float(group["lr"]))
+            # In one pass; none of it reads a ratio back to the host.
+            torch._foreach_addcmul_(raised, updates[chunk], scales[chunk], value=-float(group["lr"]))
             if any(new is not weight for new, weight in zip(raised, weights[chunk], strict=True)):
                 torch._foreach_copy_(weights[chunk], raised)
         return ratios, float(group["lr"]) * ratios * update_norms
