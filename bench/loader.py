@@ -28,7 +28,7 @@ from streaming import MDSWriter
 from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
-from bench.timing import seconds
+from bench.timing import interleaved
 from model import text
 from model.data import batch as batches
 from model.data import schema
@@ -123,13 +123,8 @@ def compare(stage: int, clips: int, size: int, rounds: int) -> dict[str, Any]:
             "webdataset": lambda: sum(1 for _ in from_tar(folder / "clips.tar", manifest, size)),
             "copy": lambda: [[value.clone() for value in tensors] for _ in range(clips // size)],
         }
-        rates: dict[str, list[float]] = {name: [] for name in work}
-        for round_ in tqdm(range(rounds + 1), "rounds", leave=False, disable=None):  # the first warms up
-            for name, body in work.items():
-                took = seconds(body, CPU)
-                if round_:
-                    rates[name].append(clips // size * size / took)
-    medians = {name: statistics.median(measured) for name, measured in rates.items()}
+        times = interleaved(work, rounds, CPU)
+    medians = {name: clips // size * size / statistics.median(measured) for name, measured in times.items()}
     pixels = f"{FRAMES} frames of {height}x{width}, stored as {STAGES[stage][2]}"
     return {"clips": pixels, "rounds": rounds, "clips_per_second": medians, "ratio": medians["ours"] / medians["webdataset"]}
 

@@ -19,9 +19,8 @@ if __name__ == "__main__":
 
 import torch
 from torch.optim import AdamW
-from tqdm import tqdm
 
-from bench.timing import name_of, seconds
+from bench.timing import interleaved, name_of
 from model import config
 from model.denoiser import Denoiser
 from model.lamb import LAMB, LAMBConfig
@@ -48,14 +47,8 @@ def compare(yaml: Path, rounds: int) -> dict[str, Any]:
     target = [torch.empty_like(p) for p in source]
     work: dict[str, Callable[[], Any]] = {name: optimizer.step for name, optimizer in rivals.items()}
     work["copy"] = lambda: torch._foreach_copy_(target, source)
-    times: dict[str, list[float]] = {name: [] for name in work}
-    with torch.no_grad(), tqdm(total=(rounds + 1) * len(work), unit="step", disable=None) as bar:
-        for round_ in range(rounds + 1):  # the first warms up
-            for name, step in work.items():
-                took = seconds(step, device)
-                bar.update()
-                if round_:
-                    times[name].append(took)
+    with torch.no_grad():
+        times = interleaved(work, rounds, device)
     medians = {name: statistics.median(measured) for name, measured in times.items()}
     numbers = sum(p.numel() for p in weights)
     return {

@@ -19,9 +19,8 @@ if __name__ == "__main__":
     cpu_memory.tune()  # may start the process afresh, so before the slow imports
 
 import torch
-from tqdm import tqdm
 
-from bench.timing import name_of, seconds
+from bench.timing import interleaved, name_of
 from model import config
 from model.denoiser import Denoiser
 from model.diffusion import edm
@@ -65,15 +64,9 @@ def compare(yaml: Path, steps: int, rounds: int, precision: str) -> dict[str, An
             latents = denoiser.network(x, both, latents).latents
 
     work: dict[str, Callable[[], Any]] = {"sampler": sample, "evaluations": evaluate}
-    times: dict[str, list[float]] = {name: [] for name in work}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.no_grad(), autocast, tqdm(total=(rounds + 1) * len(work), unit="clip", disable=None) as bar:
-        for round_ in range(rounds + 1):  # the first warms up
-            for name, body in work.items():
-                took = seconds(body, device)
-                bar.update()
-                if round_:
-                    times[name].append(took)
+    with torch.no_grad(), autocast:
+        times = interleaved(work, rounds, device)
     medians = {name: statistics.median(measured) for name, measured in times.items()}
     overheads = [a / b - 1 for a, b in zip(times["sampler"], times["evaluations"], strict=True)]
     return {

@@ -1,10 +1,11 @@
 """What the comparisons share: the clock."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -16,6 +17,19 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each piece of work in each of ``rounds``, in which they take turns; a round before them warms up."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    with tqdm(total=(rounds + 1) * len(work), leave=False, disable=None) as bar:
+        for round_ in range(rounds + 1):
+            for name, body in work.items():
+                took = seconds(body, device)
+                bar.update()
+                if round_:
+                    times[name].append(took)
+    return times
 
 
 def name_of(device: torch.device) -> str:
