@@ -79,10 +79,6 @@ class Result:
     detail: str  # how the extractor saw the clips
 
 
-# (N, T, H, W, C) uint8 frames with their captions
-Batches = Iterator[tuple[Tensor, list[str]]]
-
-
 def evaluate(c: EvaluateConfig) -> None:
     """Run the job.
 
@@ -92,25 +88,23 @@ def evaluate(c: EvaluateConfig) -> None:
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(c.generated)
     listed = _listed(folder, c)
-    results: list[Result] = []
-    for name, extractor_config in (("fid", c.fid), ("fvd", c.fvd)):
-        if extractor_config is not None:
-            results.append(_frechet(name, Extractor(extractor_config, device), c, folder, listed))
+    distances = [_Distance(name, Extractor(e, device), c) for name, e in (("fid", c.fid), ("fvd", c.fvd)) if e is not None]
+    measures: list[_Distance | _Scores | _Similarity] = [*distances]
     if c.inception is not None:
-        extractor = Extractor(c.inception, device)
-        logits = torch.cat([extractor(_seen(extractor, f, c)) for f, _ in _generated(folder, listed, c, "inception score")])
-        if len(logits) < c.splits:
-            raise UserError(f"{len(logits)} samples do not split into {c.splits}: lower splits")
-        mean, spread = inception_score(logits, c.splits)
-        results.append(Result("inception_score", mean, spread, len(logits), None, *_described(extractor, c)))
+        measures.append(_Scores(Extractor(c.inception, device), c))
     if c.clip is not None:
-        similarity = ClipSimilarity(c.clip.path, c.clip.revision, device)
-        values = torch.cat([similarity(frames, captions) for frames, captions in _generated(folder, listed, c, "clipsim")])
-        detail = f"{c.frames} frames, the model's own scaling"
-        results.append(
-            Result("clipsim", float(values.mean()), None, len(values), None, f"{c.clip.path} ({similarity.revision})", detail)
-        )
-    _report(c, folder, results)
+        measures.append(_Similarity(c.clip, c, device))
+    missing = [distance for distance in distances if not distance.take_up()]
+    if missing:
+        for frames in _real(c):
+            for distance in missing:
+                distance.add_real(frames)
+        for distance in missing:
+            distance.keep()
+    for frames, captions in _generated(folder, listed, c):
+        for measure in measures:
+            measure.add(frames, captions)
+    _report(c, folder, [measure.result() for measure in measures])
 
 
 def _listed(folder: Path, c: EvaluateConfig) -> list[dict[str, Any]]:
@@ -123,13 +117,13 @@ def _listed(folder: Path, c: EvaluateConfig) -> list[dict[str, Any]]:
     return list(clips[: c.limit])
 
 
-def _generated(folder: Path, listed: list[dict[str, Any]], c: EvaluateConfig, title: str) -> Batches:
-    """The generated clips.
+def _generated(folder: Path, listed: list[dict[str, Any]], c: EvaluateConfig) -> Iterator[tuple[Tensor, list[str]]]:
+    """The generated clips, (N, T, H, W, C) uint8, with their captions.
 
     Raises:
         UserError: one is missing, shorter, or of another frame rate.
     """
-    for start in tqdm(range(0, len(listed), c.batch), f"{title}: generated", unit="batch"):
+    for start in tqdm(range(0, len(listed), c.batch), "generated clips", unit="batch"):
         part = listed[start : start + c.batch]
         clips = [media.read_video(folder / Path(entry["file"]).name, c.frames) for entry in part]
         for entry, clip in zip(part, clips, strict=True):
@@ -139,20 +133,20 @@ def _generated(folder: Path, listed: list[dict[str, Any]], c: EvaluateConfig, ti
         yield torch.stack([torch.from_numpy(clip.frames) for clip in clips]), [entry["prompt"] for entry in part]
 
 
-def _real(c: EvaluateConfig, title: str) -> Batches:
-    """Clips of the reference; which part of a long one is seen is drawn from the seed."""
+def _real(c: EvaluateConfig) -> Iterator[Tensor]:
+    """Clips of the reference, (N, T, H, W, C) uint8; which part of a long one is seen is drawn from the seed."""
     source = open_source(str(c.reference), None)
     text_config = source.manifest.text
     view = View(c.frames, (c.frame_rate,), text_config.width, text_config.max_tokens, c.seed)
     rows = LocalDataset(str(source.folder))
     count = min(len(rows), c.limit or len(rows))
-    for start in tqdm(range(0, count, c.batch), f"{title}: real", unit="batch"):
+    for start in tqdm(range(0, count, c.batch), "real clips", unit="batch"):
         try:
             numbers = range(start, min(start + c.batch, count))
             samples = [decode_sample(rows[n], source.manifest, view, derived_seed(c.seed, n)) for n in numbers]
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{source.location}: {error}") from error
-        yield torch.stack([sample.frames for sample in samples]), [sample.caption for sample in samples]
+        yield torch.stack([sample.frames for sample in samples])
 
 
 def _seen(extractor: Extractor, frames: Tensor, c: EvaluateConfig) -> Tensor:
@@ -163,32 +157,83 @@ def _seen(extractor: Extractor, frames: Tensor, c: EvaluateConfig) -> Tensor:
     return frames[:, picked]
 
 
-def _frechet(name: str, extractor: Extractor, c: EvaluateConfig, folder: Path, listed: list[dict[str, Any]]) -> Result:
-    distance: Frechet | None = None
-    cached = Path(c.cache, f"{name}-{_reference_key(extractor, c)}.safetensors")
-    sums = _cached(cached)
-    if sums is not None:
-        distance = Frechet(len(sums["real_features_sum"]))
-        distance.restore(sums)
-    else:
-        distance = _added(None, extractor, c, _real(c, name), real=True)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        save_file(distance.reference(), cached)
-    distance = _added(distance, extractor, c, _generated(folder, listed, c, name), real=False)
-    counts = [int(getattr(distance.metric, f"{which}_features_num_samples")) for which in ("fake", "real")]
-    if min(counts) < 2:
-        raise UserError(f"{name}: {counts[0]} generated and {counts[1]} real samples; it needs two of each")
-    return Result(name, distance.value(), None, counts[0], counts[1], *_described(extractor, c))
+class _Distance:
+    """FID or FVD."""
+
+    def __init__(self, name: str, extractor: Extractor, c: EvaluateConfig) -> None:
+        self.name, self.extractor, self.c = name, extractor, c
+        self.cached = Path(c.cache, f"{name}-{_reference_key(extractor, c)}.safetensors")
+        self.distance: Frechet | None = None
+
+    def take_up(self) -> bool:
+        """The sums over the real clips from an earlier job; whether there are any."""
+        sums = _cached(self.cached)
+        if sums is not None:
+            self.distance = Frechet(len(sums["real_features_sum"]))
+            self.distance.restore(sums)
+        return sums is not None
+
+    def keep(self) -> None:
+        """Keep the sums over the real clips."""
+        if self.distance is None:
+            raise UserError(f"{self.c.reference}: holds no clips")
+        self.cached.parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.distance.reference(), self.cached)
+
+    def add_real(self, frames: Tensor) -> None:
+        self._add(frames, real=True)
+
+    def add(self, frames: Tensor, captions: list[str]) -> None:
+        del captions
+        self._add(frames, real=False)
+
+    def _add(self, frames: Tensor, real: bool) -> None:
+        features = self.extractor(_seen(self.extractor, frames, self.c))
+        self.distance = self.distance or Frechet(features.shape[1])
+        self.distance.add(features, real)
+
+    def result(self) -> Result:
+        assert self.distance is not None
+        counts = [int(getattr(self.distance.metric, f"{which}_features_num_samples")) for which in ("fake", "real")]
+        if min(counts) < 2:
+            raise UserError(f"{self.name}: {counts[0]} generated and {counts[1]} real samples; it needs two of each")
+        return Result(self.name, self.distance.value(), None, counts[0], counts[1], *_described(self.extractor, self.c))
 
 
-def _added(distance: Frechet | None, extractor: Extractor, c: EvaluateConfig, batches: Batches, real: bool) -> Frechet:
-    for frames, _ in batches:
-        features = extractor(_seen(extractor, frames, c))
-        distance = distance or Frechet(features.shape[1])
-        distance.add(features, real)
-    if distance is None:
-        raise UserError(f"{c.reference}: holds no clips")
-    return distance
+class _Scores:
+    """The inception score."""
+
+    def __init__(self, extractor: Extractor, c: EvaluateConfig) -> None:
+        self.extractor, self.c = extractor, c
+        self.logits: list[Tensor] = []
+
+    def add(self, frames: Tensor, captions: list[str]) -> None:
+        del captions
+        self.logits.append(self.extractor(_seen(self.extractor, frames, self.c)))
+
+    def result(self) -> Result:
+        logits = torch.cat(self.logits)
+        if len(logits) < self.c.splits:
+            raise UserError(f"{len(logits)} samples do not split into {self.c.splits}: lower splits")
+        mean, spread = inception_score(logits, self.c.splits)
+        return Result("inception_score", mean, spread, len(logits), None, *_described(self.extractor, self.c))
+
+
+class _Similarity:
+    """CLIPSIM."""
+
+    def __init__(self, model: ClipModelConfig, c: EvaluateConfig, device: str) -> None:
+        self.similarity = ClipSimilarity(model.path, model.revision, device)
+        self.model = f"{model.path} ({self.similarity.revision})"
+        self.detail = f"{c.frames} frames, the model's own scaling"
+        self.values: list[Tensor] = []
+
+    def add(self, frames: Tensor, captions: list[str]) -> None:
+        self.values.append(self.similarity(frames, captions))
+
+    def result(self) -> Result:
+        values = torch.cat(self.values)
+        return Result("clipsim", float(values.mean()), None, len(values), None, self.model, self.detail)
 
 
 def _reference_key(extractor: Extractor, c: EvaluateConfig) -> str:
