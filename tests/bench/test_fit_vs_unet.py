@@ -8,14 +8,6 @@ import pytest
 
 from bench import fit_vs_unet
 
-SMALL_FIT = """
-base: {yamls}/stage1_500m.yaml
-model:
-  codec: {{ height: 6, width: 16, pad_bottom: 2 }}
-  network: {{ size: [4, 8, 16], group: [4, 2, 4], patch_width: 48, latent_tokens: 8, latent_width: 64, blocks: 1,
-    global_layers: 1, conditioning_width: 64, text_width: 8 }}
-data: {{ frames: 4 }}
-"""
 SMALL_UNET = """
 base: {yamls}/unet_284m.yaml
 model:
@@ -27,10 +19,10 @@ data: {{ frames: 4 }}
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch) -> None:
-    for name, text in (("fit", SMALL_FIT), ("unet", SMALL_UNET)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(yamls=fit_vs_unet.YAMLS))
-    networks = {"FIT 500M": tmp_path / "fit.yaml", "U-Net 284M": tmp_path / "unet.yaml"}
+def small(small_fit: Path, tmp_path: Path, monkeypatch) -> None:
+    small_unet = tmp_path / "unet.yaml"
+    small_unet.write_text(SMALL_UNET.format(yamls=fit_vs_unet.YAMLS))
+    networks = {"FIT 500M": small_fit, "U-Net 284M": small_unet}
     monkeypatch.setattr(fit_vs_unet, "NETWORKS", networks)
 
 

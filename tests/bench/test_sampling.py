@@ -7,19 +7,8 @@ import pytest
 from bench import sampling
 from model.denoiser import Denoiser
 
-SMALL = """
-base: {yamls}/stage1_500m.yaml
-model:
-  codec: {{ height: 6, width: 16, pad_bottom: 2 }}
-  network: {{ size: [4, 8, 16], group: [4, 2, 4], patch_width: 48, latent_tokens: 8, latent_width: 64, blocks: 1,
-    global_layers: 1, conditioning_width: 64, text_width: 8 }}
-data: {{ frames: 4 }}
-"""
 
-
-def test_a_clip_is_timed_against_as_many_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    yaml = tmp_path / "small.yaml"
-    yaml.write_text(SMALL.format(yamls=sampling.YAML.parent))
+def test_a_clip_is_timed_against_as_many_evaluations(small_fit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     built = Denoiser.__init__
 
@@ -28,7 +17,7 @@ def test_a_clip_is_timed_against_as_many_evaluations(tmp_path: Path, monkeypatch
         self.network.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
 
     monkeypatch.setattr(Denoiser, "__init__", counted)
-    result = sampling.compare(yaml, steps=3, rounds=2, precision="fp32")
+    result = sampling.compare(small_fit, steps=3, rounds=2, precision="fp32")
     assert batches == [2] * (5 * 2 * 3), "5 evaluations of both branches, by sampler and bare, three times"
     assert result["evaluations"] == 5 and result["seconds"]["sampler"] > 0
     assert f"{100 * result['overhead']:+.2f} % beyond them" in sampling.report(result)

@@ -8,12 +8,6 @@ from model.data.dataset import build_loader
 from model.data.shards import find_fault, open_source
 
 
-@pytest.fixture
-def videos(tmp_path, write_dataset) -> Path:
-    """37 videos in 10 shards."""
-    return write_dataset(tmp_path / "videos", "videos", 37)
-
-
 def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
