@@ -1,0 +1,103 @@
+"""What a caption of a moving scene says, against what its clip shows.
+
+judge(read(frames, frame_rate), parse("a red circle moves left on a blue background"))
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from model.config import UserError
+from pipelines.truth import COLOURS, DIRECTIONS, SHAPES, STILL, Reading, Seen
+
+SPEED = 0.25  # of moving objects in the benchmark's scenes, stage heights per second: the caption does not say it
+
+_COLOUR = f"(?:{'|'.join(COLOURS)})"
+_SUBJECT = rf"a {_COLOUR} (?:{'|'.join(SHAPES)})(?: moves (?:{'|'.join(DIRECTIONS)})| stays still)?"
+_CAPTION = re.compile(rf"(?P<subjects>{_SUBJECT}(?: and {_SUBJECT})*) on a (?P<background>{_COLOUR}) background")
+
+
+@dataclass(frozen=True)
+class Said:
+    """One object as the caption has it."""
+
+    colour: str
+    shape: str
+    direction: str | None  # one of DIRECTIONS or "still"; None in the caption of a picture
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a caption says."""
+
+    objects: tuple[Said, ...]
+    background: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What of a clip is right, of all its objects together. What cannot be read, or should not be there, is not right."""
+
+    background: bool
+    count: bool
+    colour: bool
+    shape: bool
+    direction: bool | None  # None where the caption says nothing of motion
+    all: bool  # everything above
+    unread: tuple[str, ...]  # which of the above could not be told, rather than told wrongly
+    speed_ratio: float | None  # read over true, mean over the moving objects; None without one or where it cannot be told
+
+
+def parse(caption: str) -> Truth:
+    """Read a caption.
+
+    Raises:
+        UserError: it is not one of one-coloured backgrounds and objects that move straight on or rest.
+    """
+    match = _CAPTION.fullmatch(caption)
+    if match is None:
+        raise UserError(f"not a caption of a moving scene that can be judged: {caption!r}")
+    objects = []
+    for subject in match["subjects"].split(" and "):
+        _, colour, shape, *action = subject.split(" ", 4)
+        objects.append(Said(colour, shape, {"moves": action[-1], "stays": STILL}[action[0]] if action else None))
+    return Truth(tuple(objects), match["background"])
+
+
+def judge(reading: Reading, truth: Truth, speed: float = SPEED) -> Verdict:
+    """Compare. Each object that was said is held against one that was read, so that as much as possible is right.
+
+    Args:
+        reading: of the clip.
+        truth: of the caption.
+        speed: that moving objects should have, in stage heights per second.
+    """
+    seen = [*reading.objects, *[_MISSING] * len(truth.objects)]  # an object too many makes the count wrong, and nothing else
+    agreements = [[_agreements(said, found) for found in seen] for said in truth.objects]
+    order = linear_sum_assignment(np.array(agreements), maximize=True)[1]
+    pairs = [(said, seen[index]) for said, index in zip(truth.objects, order, strict=True)]
+    moves = [said.direction is not None for said in truth.objects]
+    right = {
+        "background": reading.background == truth.background,
+        "count": reading.count == len(truth.objects),
+        "colour": all(found.colour == said.colour for said, found in pairs),
+        "shape": all(found.shape == said.shape for said, found in pairs),
+        "direction": all(found.direction == said.direction for said, found in pairs) if all(moves) else None,
+    }
+    unread = [name for name, value in (("background", reading.background), ("count", reading.count)) if value is None]
+    for name in ("colour", "shape", "direction"):
+        if right[name] is False and any(getattr(found, name) is None for _, found in pairs):
+            unread.append(name)
+    ratios = [found.speed / speed for said, found in pairs if said.direction not in (None, STILL) and found.speed is not None]
+    everything = all(value is not False for value in right.values())
+    ratio = sum(ratios) / len(ratios) if ratios else None
+    return Verdict(**right, all=everything, unread=tuple(unread), speed_ratio=ratio)  # type: ignore[arg-type]
+
+
+_MISSING = Seen(None, None, 0.0, None, None)
+
+
+def _agreements(said: Said, found: Seen) -> int:
+    return (found.colour == said.colour) + (found.shape == said.shape) + (found.direction == said.direction)
