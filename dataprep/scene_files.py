@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
+from dataprep import moving_scenes
 from dataprep.scenes import Difficulty, Scene, draw_scene, render
 from model import command
 from model.config import UserError, to_tree
@@ -80,7 +81,8 @@ class SceneFilesConfig:
     num_videos: int = 120
     num_images: int = 60
     seed: int = 0
-    difficulty: Difficulty = "full"  # see dataprep.scenes.draw_scene
+    # See dataprep.scenes.draw_scene; of the benchmark (dataprep.moving_scenes) the combinations to train on, or the others.
+    difficulty: Difficulty | Literal["benchmark", "benchmark_unseen"] = "full"
     layouts: tuple[Layout, ...] = ("folder", "webdataset", "parquet")
     min_seconds: float = 2.0  # length of a video
     max_seconds: float = 2.5
@@ -93,6 +95,10 @@ class SceneFilesConfig:
             raise ValueError("num_videos and num_images must be at least 0, and one of them at least 1")
         if not 0 < self.min_seconds <= self.max_seconds <= 60:
             raise ValueError("lengths must satisfy 0 < min_seconds <= max_seconds <= 60")
+        if self.difficulty.startswith("benchmark") and self.max_seconds > moving_scenes.MAX_SECONDS:
+            raise ValueError(
+                f"max_seconds must be at most {moving_scenes.MAX_SECONDS:g} for the benchmark: objects leave the view"
+            )
         if not self.sizes or any(side % 2 or not MIN_SIDE <= side <= MAX_SIDE for size in self.sizes for side in size):
             raise ValueError(f"sizes must be (width, height) pairs of even numbers from {MIN_SIDE} to {MAX_SIDE}")
         if not self.layouts or len(set(self.layouts)) < len(self.layouts):
@@ -201,7 +207,7 @@ def encode_image(item: Item) -> bytes:
 
 def _plan_item(config: SceneFilesConfig, index: int) -> Item:
     rng = np.random.default_rng([config.seed, index])
-    scene = draw_scene(rng, config.difficulty)
+    scene = _draw_scene(rng, config)
     is_video = index < config.num_videos
     number = index if is_video else index - config.num_videos
     encoder, suffix = FORMATS[number % len(FORMATS)] if is_video else ("", IMAGE_FORMATS[number % len(IMAGE_FORMATS)])
@@ -220,6 +226,16 @@ def _plan_item(config: SceneFilesConfig, index: int) -> Item:
         width=width,
         height=height,
     )
+
+
+def _draw_scene(rng: np.random.Generator, config: SceneFilesConfig) -> Scene:
+    match config.difficulty:
+        case "benchmark":
+            return moving_scenes.draw(rng, "seen", config.max_seconds)
+        case "benchmark_unseen":
+            return moving_scenes.draw(rng, "unseen", config.max_seconds)
+        case other:
+            return draw_scene(rng, other)
 
 
 def _draw_times(rng: np.random.Generator, config: SceneFilesConfig, frame_rate: int) -> tuple[float, ...]:
