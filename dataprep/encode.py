@@ -50,11 +50,10 @@ class TextConfig:
 
     path: str  # a local folder or a hub name
     max_tokens: int  # captions are cut to this many, the end token included
-    batch_size: int = 16  # captions in one forward pass
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.batch_size < 1:
-            raise ValueError("max_tokens and batch_size must be at least 1")
+        if self.max_tokens < 1:
+            raise ValueError("max_tokens must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,15 +139,14 @@ def pack_image(images: list[np.ndarray], stages: tuple[StageConfig, ...]) -> Cli
 
 
 def encode_captions(captions: Iterable[str], config: TextConfig) -> dict[str, np.ndarray]:
-    """Caption -> (L, D) uint16, the bits of its bfloat16 T5 states. Each is encoded once, those of a length together."""
+    """Caption -> (L, D) uint16, the bits of its bfloat16 T5 states. Each is encoded once, and by itself: in a batch its last bits
+    would depend on its neighbours, and so on what else is prepared with it."""
     from model import text  # torch and transformers take seconds to import; the driver does without
 
-    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
     states: dict[str, np.ndarray] = {}
-    for begin in range(0, len(distinct), config.batch_size):
-        batch = distinct[begin : begin + config.batch_size]
-        encoded = load_encoder(config.path, config.max_tokens).encode(batch)
-        states.update((caption, text.pack(state)) for caption, state in zip(batch, encoded, strict=True))
+    for caption in sorted(set(captions)):
+        (state,) = load_encoder(config.path, config.max_tokens).encode([caption])
+        states[caption] = text.pack(state)
     return states
 
 

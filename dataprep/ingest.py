@@ -4,6 +4,7 @@ An item is one video or image with its caption. Listing reads names and headers 
 prepared. Keys are names, never paths: nothing is written under a key.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -18,12 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataprep import captions
+from dataprep.disk import DiskSet
 from dataprep.filters import Rejected
 from model.config import UserError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 CAPTION_SUFFIXES = (".txt", ".json")  # where both are present the first one counts
+TRIED_AGAIN = {"fetch failed"}  # the reasons for which an input that was rejected is prepared again by the next run
 INPUT_KINDS = "a folder, a WebDataset .tar or a .parquet manifest"
 
 
@@ -47,7 +50,7 @@ class Item:
     caption: Span | None = None
     caption_is_json: bool = False
     caption_text: str | None = None  # from a manifest, in place of ``caption``
-    modified: int = 0  # of the file that holds the media, in nanoseconds: a changed file is another input
+    version: str = ""  # of the files that hold media and caption: a changed file is another input
     reason: str = ""
     detail: str = ""
 
@@ -62,7 +65,7 @@ ITEM_SCHEMA = pa.schema(
         ("caption", _SPAN),
         ("caption_is_json", pa.bool_()),
         ("caption_text", pa.string()),
-        ("modified", pa.int64()),
+        ("version", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
     ]
@@ -141,20 +144,23 @@ def list_items(inputs: Iterable[str]) -> Iterator[Item]:
     Raises:
         UserError: a path that does not exist, is of no known kind, or holds no video and no image.
     """
-    seen: set[bytes] = set()  # digests: about 100 bytes a key, however long its name
-    for path in inputs:
-        accepted = False
-        for item in _items_of(Path(path)):
-            if not item.reason:
-                accepted = True
-                digest = hashlib.blake2b(item.key.encode(), digest_size=12).digest()
-                if digest in seen:
-                    yield dataclasses.replace(item, reason="duplicate key", detail="another item has this key")
-                    continue
-                seen.add(digest)
-            yield item
-        if not accepted:
-            raise UserError(f"inputs: nothing to prepare in {path}: no video or image there")
+    with contextlib.closing(DiskSet()) as seen:
+        for path in inputs:
+            accepted = False
+            for item in _items_of(Path(path)):
+                if not item.reason:
+                    accepted = True
+                    if not seen.add(item.key):
+                        yield dataclasses.replace(item, reason="duplicate key", detail="another item has this key")
+                        continue
+                yield item
+            if not accepted:
+                raise UserError(f"inputs: nothing to prepare in {path}: no video or image there")
+
+
+def fingerprint(item: Item) -> str:
+    """Equal for two listings of an input that has not changed: same names, same captions in manifests, same versions of files."""
+    return hashlib.blake2b(repr(dataclasses.astuple(item)).encode(), digest_size=16).hexdigest()
 
 
 def write_items(items: Iterable[Item], path: Path, items_per_group: int) -> tuple[int, str]:
@@ -163,7 +169,7 @@ def write_items(items: Iterable[Item], path: Path, items_per_group: int) -> tupl
     with pq.ParquetWriter(path, ITEM_SCHEMA) as writer:
         for item in items:
             group.append(dataclasses.asdict(item))
-            digest.update(repr(group[-1]).encode())
+            digest.update(fingerprint(item).encode())
             count += 1
             if len(group) == items_per_group:
                 writer.write_table(pa.Table.from_pylist(group, ITEM_SCHEMA))
@@ -176,7 +182,18 @@ def write_items(items: Iterable[Item], path: Path, items_per_group: int) -> tupl
 def read_group(path: str | Path, group: int) -> list[Item]:
     """The items of one row group of a file by ``write_items``."""
     with pq.ParquetFile(path) as file:
-        rows = file.read_row_group(group).to_pylist()
+        return _read_group(file, group)
+
+
+def read_items(path: str | Path) -> Iterator[Item]:
+    """All items of a file by ``write_items``, a row group in memory."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            yield from _read_group(file, group)
+
+
+def _read_group(file: pq.ParquetFile, group: int) -> list[Item]:
+    rows = file.read_row_group(group).to_pylist()
     return [Item(**{**row, **{name: Span(**row[name]) if row[name] else None for name in ("media", "caption")}}) for row in rows]
 
 
@@ -225,7 +242,7 @@ def _from_folder(root: Path) -> Iterator[Item]:
 def _from_tar(path: Path) -> Iterator[Item]:
     """Members that share their name up to the last dot are one item, wherever in the tar they are."""
     groups: dict[str, dict[str, Span]] = {}
-    modified = path.stat().st_mtime_ns
+    version = _version(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -241,7 +258,7 @@ def _from_tar(path: Path) -> Iterator[Item]:
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield _unusable(str(path), str(path), "broken tar", str(error))
     for key, spans in groups.items():
-        yield from _grouped(key, spans, f"{path}::{key}", modified)
+        yield from _grouped(key, spans, f"{path}::{key}", version)
 
 
 def _from_manifest(path: Path) -> Iterator[Item]:
@@ -263,8 +280,7 @@ def _from_manifest(path: Path) -> Iterator[Item]:
                     yield _unusable(row.get("key") or row["path"], source, "not a video or image", f"suffix '{media.suffix}'")
                     continue
                 key = row.get("key") or str(_relative(media, folder).with_suffix(""))
-                modified = media.stat().st_mtime_ns if media.is_file() else 0
-                yield Item(key, kind, str(media), Span(str(media)), caption_text=row["caption"] or "", modified=modified)
+                yield Item(key, kind, str(media), Span(str(media)), caption_text=row["caption"] or "", version=_version(media))
 
 
 def _manifest_problem(path: Path) -> str:
@@ -282,7 +298,7 @@ def _manifest_problem(path: Path) -> str:
     return ""
 
 
-def _grouped(key: str, spans: dict[str, Span], source: str, modified: int | None) -> Iterator[Item]:
+def _grouped(key: str, spans: dict[str, Span], source: str, version: str | None) -> Iterator[Item]:
     """The item among files that share a name, by suffix; a second picture of that name is refused."""
     by_suffix = {suffix.lower(): span for suffix, span in spans.items()}
     media = [suffix for suffix in sorted(spans) if _kind(suffix)]
@@ -292,6 +308,8 @@ def _grouped(key: str, spans: dict[str, Span], source: str, modified: int | None
         yield _unusable(key, source, reason, f"only {' '.join(sorted(spans))}" if any(spans) else "")
         return
     span = spans[media[0]]
+    if version is None:
+        version = " ".join(_version(Path(part.path)) for part in (span, by_suffix.get(caption or "")) if part)
     yield Item(
         key=key,
         kind=_kind(media[0]),
@@ -299,10 +317,18 @@ def _grouped(key: str, spans: dict[str, Span], source: str, modified: int | None
         media=span,
         caption=by_suffix[caption] if caption else None,
         caption_is_json=caption == ".json",
-        modified=Path(span.path).stat().st_mtime_ns if modified is None else modified,
+        version=version,
     )
     for suffix in media[1:]:
         yield _unusable(key, source + suffix, "duplicate key", f"{media[0]} has the same name")
+
+
+def _version(path: Path) -> str:
+    """Size and time of last change, as make and rsync tell changed files; empty if it cannot be had, which is met again later."""
+    with contextlib.suppress(OSError, ValueError):
+        found = path.stat()
+        return f"{found.st_size}-{found.st_mtime_ns}"
+    return ""
 
 
 def _kind(suffix: str) -> str:

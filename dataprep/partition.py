@@ -41,20 +41,22 @@ class Prepared:
     facts: Facts
 
 
-def process(recipe: Recipe, select: SelectConfig, workspace: str, part: int, on_item: Callable[[Account], None]) -> PartSummary:
-    """Prepare the items of partition ``part`` and commit them. Bad items become accounts with a reason; anything else that goes
-    wrong (no space left, a bug) is raised, leaves nothing behind, and is for Spark to try again.
+def process(
+    recipe: Recipe, select: SelectConfig, workspace: str, part: int, group: int, on_item: Callable[[Account], None]
+) -> PartSummary:
+    """Prepare the items of row group ``group`` of the list and commit them as ``part``. Bad items become accounts with a reason;
+    anything else that goes wrong (no space left, a bug) is raised, leaves nothing behind, and is for Spark to try again.
 
     ``select`` only decides into which files a clip goes, so that the shards of what will be kept need not be written again."""
     av.logging.set_level(av.logging.PANIC)  # what matters is raised
     writer = PartWriter(Path(workspace), part, recipe.shards)
     try:
-        items = ingest.read_group(Path(workspace, shards.ITEMS_NAME), part)
+        items = ingest.read_group(Path(workspace, shards.ITEMS_NAME), group)
         captions = [_caption(item) for item in items]
         states = encode.encode_captions([caption for caption in captions if isinstance(caption, str)], recipe.text)
         for item, caption in zip(items, captions, strict=True):
             account = _item(item, caption, recipe, select, states, writer)
-            writer.account(account)
+            writer.account(dataclasses.replace(account, fingerprint=ingest.fingerprint(item)))
             on_item(account)
         return writer.commit()
     except BaseException:

@@ -3,8 +3,9 @@
 The only file that knows Spark, but for daemon.py, where its workers come from. Stages, with what they read and leave:
 
     list      inputs                 -> items.parquet, a row group per partition     here, names and headers only
+              an earlier output      -> what of them is new or changed since         here
     prepare   a row group, the media -> a committed part: shards and accounts        a Spark task per partition
-    gather    all parts              -> the pool of all decoded clips                here, moves and small files only
+    gather    all parts, its pool    -> the pool of all decoded clips                here, moves, links, small files
     select    the pool               -> datasets with index, manifest and accounts   here, links; copies of some shards
     report    accounts, some samples -> report.html                                  here
 
@@ -29,8 +30,9 @@ from py4j.protocol import Py4JJavaError
 from pyspark import InheritableThread, SparkConf, SparkContext
 from tqdm import tqdm
 
-from dataprep import daemon, ingest, partition, report, selection, shards
+from dataprep import append, daemon, ingest, outputs, partition, report, selection, shards
 from dataprep.encode import StageConfig
+from dataprep.outputs import Made
 from dataprep.partition import Recipe
 from dataprep.selection import SelectConfig
 from dataprep.shards import Account, Outcome, PartSummary
@@ -68,7 +70,7 @@ class DataprepConfig(Recipe):
     inputs: tuple[str, ...]  # folders with sidecars, WebDataset .tar files, .parquet manifests
     output: str  # becomes a folder: STAGE/videos, STAGE/images, items.parquet, clips.parquet ...
     select: SelectConfig = dataclasses.field(default_factory=SelectConfig)  # can change without decoding again
-    overwrite: bool = False  # replace an output that another config or other inputs made
+    overwrite: bool = False  # replace an output that another config made, or of whose inputs most are gone
     items_per_partition: int = 64  # what a task does, and what is lost when it dies
     spark: SparkOptions = dataclasses.field(default_factory=SparkOptions)
 
@@ -87,12 +89,22 @@ class DataprepConfig(Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A listed job: what to do, and the hash that names it."""
+    """A listed job: what it is to produce, and the hashes that name that."""
 
     items: int
-    parts: int
-    digest: str
+    digest: str  # of the recipe and the inputs
+    recipe: str
     text_revision: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What of a job is to be done."""
+
+    items: int  # to be prepared
+    parts: range  # a row group of the work folder's items.parquet each
+    workspace: Path
+    base: Path | None  # a pool that has the other items
 
 
 def run(c: DataprepConfig) -> None:
@@ -102,59 +114,95 @@ def run(c: DataprepConfig) -> None:
         UserError: bad paths, an output that is not ours to replace, or nothing kept.
     """
     output = Path(c.output).absolute()
-    existing = shards.describe_output(output)
     revision = _text_revision(c.text.path)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.list-", dir=output.parent) as folder:
-        listing = Path(folder, shards.ITEMS_NAME)
-        job = _list(c, listing, revision)
-        print(f"dataprep: {job.items} items in {job.parts} partitions -> {output}", flush=True)
-        decoded = existing is not None and existing["digest"] == job.digest
-        if existing and decoded and existing["select"] == config.to_tree(c.select):
-            print("dataprep: complete already, made by this config from these inputs; nothing to do")
-            _report(output, existing["outcome"])
-            return
-        if existing and not c.overwrite:
-            raise _taken(output, decoded)
-        workspace = shards.workspace_of(output, job.digest)
-        with shards.locked(workspace):
-            listing.replace(workspace / shards.ITEMS_NAME)
-            if decoded:
-                print("dataprep: decoded before; only selects anew", flush=True)
-                selection.link_pool(output, workspace / "finished")
-            else:
-                _prepare_and_gather(c, job, workspace)
-            outcome = _select(c, job, workspace / "finished")
-            if not c.overwrite and shards.describe_output(output):  # another job was faster
-                raise _taken(output, decoded=False)
-            report.write(workspace / "finished", title=output.name)
-            shards.swap_in(workspace, output)
+    with outputs.locked(output):
+        outputs.recover(output)
+        made = outputs.describe(output)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.list-", dir=output.parent) as folder:
+            job = _list(c, Path(folder, append.LISTING_NAME), revision)
+            if made and made.outcome and _is_complete(made, job, c.select):
+                print(f"dataprep: {job.items} items; complete already, made by this config from these inputs; nothing to do")
+                _report(output, made.outcome)
+                return
+            work = _plan(c, job, output, made, Path(folder))
+        begin = time.monotonic()
+        _prepare_missing(c, work)
+        _gather(c, work)
+        print(f"dataprep: decoded in {time.monotonic() - begin:.0f} s")
+        outcome = _select(c, job, work.workspace)
+        report.write(work.workspace / "finished", title=output.name)
+        outputs.swap_in(work.workspace, output)
     _report(output, outcome)
 
 
 def _list(c: DataprepConfig, listing: Path, revision: str) -> Job:
     items = tqdm(ingest.list_items(c.inputs), "list inputs", unit=" items", leave=False, delay=1)
     count, items_digest = ingest.write_items(items, listing, c.items_per_partition)
-    identity = [SCHEMA_VERSION, shards.POOL_VERSION, config.to_tree(c.recipe), c.items_per_partition, revision, items_digest]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Job(count, -(-count // c.items_per_partition), digest, revision)
+    recipe = _hash([SCHEMA_VERSION, shards.POOL_VERSION, config.to_tree(c.recipe), revision])
+    return Job(count, _hash([recipe, items_digest]), recipe, revision)
 
 
-def _prepare_and_gather(c: DataprepConfig, job: Job, workspace: Path) -> None:
-    begin = time.monotonic()
-    shutil.rmtree(workspace / "attempts", ignore_errors=True)  # of tasks that died with an earlier run
-    missing = shards.missing_parts(workspace, job.parts)
-    if len(missing) < job.parts:
-        print(f"dataprep: goes on with {job.parts - len(missing)} of {job.parts} partitions done before", flush=True)
+def _hash(tree: object) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _is_complete(made: Made, job: Job, select: SelectConfig) -> bool:
+    unfinished = made.outcome and made.outcome.reasons.keys() & ingest.TRIED_AGAIN
+    return made.digest == job.digest and made.select == config.to_tree(select) and not unfinished
+
+
+def _plan(c: DataprepConfig, job: Job, output: Path, made: Made | None, folder: Path) -> Work:
+    """What is to be done, and its work folder with the lists in it.
+
+    Raises:
+        UserError: the output may not be replaced.
+    """
+    listing, todo = folder / append.LISTING_NAME, folder / shards.ITEMS_NAME
+    decoded = made is not None and made.recipe == job.recipe
+    if made and not c.overwrite and not (decoded and made.pool and made.select == config.to_tree(c.select)):
+        raise _taken(output, decoded, bool(made.pool))
+    base = output / shards.POOL_NAME if made and decoded and made.pool else None
+    if base:
+        plan = append.split(listing, base, todo, c.items_per_partition)
+        if plan.replaces_most and not c.overwrite:
+            raise UserError(
+                f"output: {plan.gone} of the {plan.gone + plan.same} inputs that {output} was made from are gone or changed; "
+                "choose another folder, or overwrite=true to replace it"
+            )
+        new, first = plan.new, append.first_free_part(base)
+        told = f"{new} new or changed, {plan.same} as before, {plan.gone} of the earlier ones gone or changed"
+    else:
+        listing.rename(todo)
+        new, first, told = job.items, 0, "all new"
+    parts = range(first, first + -(-new // c.items_per_partition))
+    print(f"dataprep: {job.items} items ({told}), {len(parts)} partitions to do -> {output}", flush=True)
+    workspace = outputs.workspace_of(output, job.digest, c.items_per_partition, made.pool if made and base else "")
+    workspace.mkdir(exist_ok=True)
+    for path in (listing, todo):
+        if path.exists():
+            path.replace(workspace / path.name)
+    return Work(new, parts, workspace, base)
+
+
+def _prepare_missing(c: DataprepConfig, work: Work) -> None:
+    shutil.rmtree(work.workspace / "attempts", ignore_errors=True)  # of tasks that died with an earlier run
+    missing = shards.missing_parts(work.workspace, work.parts)
+    if len(missing) < len(work.parts):
+        print(f"dataprep: goes on with {len(work.parts) - len(missing)} of {len(work.parts)} partitions done before", flush=True)
     if missing:
-        shutil.rmtree(workspace / "finished", ignore_errors=True)  # of a selection from a pool that is gone since
-        _prepare(c, workspace, missing, min(job.items, len(missing) * c.items_per_partition))
-    with tqdm(total=job.parts, desc="gather", unit=" partitions", leave=False, delay=1) as bar:
-        shards.gather(workspace, job.parts, bar.update)
-    print(f"dataprep: decoded in {time.monotonic() - begin:.0f} s")
+        shutil.rmtree(work.workspace / "finished", ignore_errors=True)  # of a selection from a pool that is gone since
+        _prepare(c, work, missing)
 
 
-def _select(c: DataprepConfig, job: Job, finished: Path) -> Outcome:
+def _gather(c: DataprepConfig, work: Work) -> None:
+    with tqdm(total=len(work.parts), desc="gather", unit=" partitions", leave=False, delay=1) as bar:
+        if work.base:
+            append.merge(work.workspace, work.base, work.parts, c.shards, bar.update)
+        else:
+            shards.gather(work.workspace, work.parts, bar.update)
+
+
+def _select(c: DataprepConfig, job: Job, workspace: Path) -> Outcome:
     def manifest(kind: Kind, stage: StageConfig, samples: int, text_width: int) -> Manifest:
         videos = kind == "videos"
         return Manifest(
@@ -169,17 +217,18 @@ def _select(c: DataprepConfig, job: Job, finished: Path) -> Outcome:
             commit=git_commit(),
         )
 
-    origin = {"digest": job.digest, "config": config.to_tree(c)}
-    outcome = selection.select(finished, c.select, c.stages, c.shards, manifest, origin)
+    origin = {"digest": job.digest, "recipe": job.recipe, outputs.WORKSPACE: workspace.name, "config": config.to_tree(c)}
+    outcome = selection.select(workspace / "finished", c.select, c.stages, c.shards, manifest, origin)
     if outcome.kept + outcome.filtered + outcome.rejected != job.items:
         told = f"{outcome.kept} kept, {outcome.filtered} filtered and {outcome.rejected} rejected"
         raise RuntimeError(f"{job.items} inputs, but {told}")
     return outcome
 
 
-def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int) -> None:
+def _prepare(c: DataprepConfig, work: Work, missing: list[int]) -> None:
     """Run the missing partitions as one Spark job."""
-    recipe, select, folder = c.recipe, c.select, str(workspace)
+    recipe, select, folder, first = c.recipe, c.select, str(work.workspace), work.parts.start
+    items = min(work.items, len(missing) * c.items_per_partition)
     if Path(recipe.text.path).is_dir():  # workers may run elsewhere than here
         recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, path=str(Path(recipe.text.path).absolute())))
     threading.Thread(target=report.preload, daemon=True).start()  # while Java starts
@@ -194,7 +243,7 @@ def _prepare(c: DataprepConfig, workspace: Path, missing: list[int], items: int)
                 clips.add(account.clips)
 
             for part in parts:
-                yield partition.process(recipe, select, folder, part, count)
+                yield partition.process(recipe, select, folder, part, part - first, count)
 
         job = spark.parallelize(missing, len(missing)).mapPartitions(task)
         failure: list[BaseException] = []
@@ -285,13 +334,12 @@ def _text_revision(path: str) -> str:
     return text.revision(path)
 
 
-def _taken(output: Path, decoded: bool) -> UserError:
-    if decoded:
+def _taken(output: Path, decoded: bool, pool: bool) -> UserError:
+    if decoded and pool:
         told = "overwrite=true selects anew from what is decoded"
-        return UserError(f"output: {output} is complete, with clips selected by other thresholds; {told}")
-    return UserError(
-        f"output: {output} is complete, but made by another config or from other inputs; choose another folder, or overwrite=true"
-    )
+        return UserError(f"output: {output} has clips selected by other thresholds; {told}")
+    told = "has no pool any more" if decoded else "was made by another config"
+    return UserError(f"output: {output} {told}: everything would be decoded again; choose another folder, or overwrite=true")
 
 
 def _reason(error: BaseException) -> str:

@@ -8,10 +8,8 @@ only, these are copied into a new one. Clips that fail a threshold when they are
 is rare.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -78,19 +76,6 @@ def fault(kind: str, scores: Scores, select: SelectConfig) -> Fault | None:
     return None
 
 
-def link_pool(output: Path, finished: Path) -> None:
-    """Give ``finished`` the pool of ``output``: second names of the same files, or copies where the file system has none.
-
-    Raises:
-        UserError: the pool is gone.
-    """
-    pool = output / shards.POOL_NAME
-    if not (pool / shards.SHARDS_NAME).is_file():
-        raise UserError(f"{pool} is gone, so other thresholds need the media again; choose another output, or delete {output}")
-    shutil.rmtree(finished, ignore_errors=True)
-    shutil.copytree(pool, finished / shards.POOL_NAME, copy_function=_link)
-
-
 def select(
     finished: Path,
     select_config: SelectConfig,
@@ -123,16 +108,16 @@ def select(
         inputs = outcome.filtered + outcome.rejected
         raise UserError(f"nothing was kept of {inputs} inputs: {told}; {finished / shards.REJECTS_NAME} has the details")
 
-    summary = json.loads((pool / shards.SHARDS_NAME).read_text())
+    pool_index = shards.PoolIndex.read(pool)
     wanted = _wanted(rows, kept)
     samples: dict[str, int] = {}
     for stage in stages:
         for kind in KINDS:
             dataset = f"{stage.name}/{kind}"
-            index = _pick(finished, dataset, summary["datasets"].get(dataset, []), wanted, shard_config)
+            index = _pick(finished, dataset, pool_index.series(dataset), wanted, shard_config)
             if index:
                 samples[dataset] = sum(shard["samples"] for shard in index)
-                manifest(kind, stage, samples[dataset], summary["text_width"]).write(finished / dataset)
+                manifest(kind, stage, samples[dataset], pool_index.text_width).write(finished / dataset)
                 (finished / dataset / "index.json").write_text(
                     json.dumps({"version": INDEX_VERSION, "shards": index}, sort_keys=True)
                 )
@@ -220,36 +205,28 @@ def _wanted(rows: pa.Table, kept: np.ndarray) -> dict[tuple[str, str], np.ndarra
 def _pick(
     finished: Path,
     dataset: str,
-    pool_shards: list[dict[str, Any]],
+    pool_series: dict[str, list[dict[str, Any]]],
     wanted: dict[tuple[str, str], np.ndarray],
     shard_config: ShardConfig,
 ) -> list[dict[str, Any]]:
     """Fill the folder of ``dataset`` with the selected samples, and return its index."""
     source, target, kind = finished / shards.POOL_NAME / dataset, finished / dataset, dataset.rpartition("/")[2]
-    by_series: dict[str, list[dict[str, Any]]] = {}
-    for shard in pool_shards:
-        by_series.setdefault(Path(shard["raw_data"]["basename"]).parent.name, []).append(shard)
     index: list[dict[str, Any]] = []
-    for series, series_shards in by_series.items():
+    for series, series_shards in pool_series.items():
         positions = wanted.get((kind, series), np.zeros(0, np.int64))
-        begin, writer, folder = 0, None, target / (series + PICKED)
+        begin, picked = 0, []
         for shard in series_shards:
             end = begin + shard["samples"]
-            chosen = positions[(positions >= begin) & (positions < end)] - begin
+            chosen = positions[(positions >= begin) & (positions < end)]
             if len(chosen) == shard["samples"]:
                 (target / series).mkdir(parents=True, exist_ok=True)
-                _link(source / shard["raw_data"]["basename"], target / shard["raw_data"]["basename"])
+                shards.link(source / shard["raw_data"]["basename"], target / shard["raw_data"]["basename"])
                 index.append(shard)
-            elif len(chosen):
-                from streaming.base.format import reader_from_json
-
-                writer = writer or shards.mds_writer(folder, shard_config)
-                reader = reader_from_json(str(source), "", shard)
-                for position in chosen.tolist():
-                    writer.write(reader.get_item(position))
+            else:
+                picked.append(chosen)
             begin = end
-        if writer is not None:
-            index += shards.finish_series(writer, folder)
+        if any(map(len, picked)):
+            index += shards.copy_samples(source, series_shards, np.concatenate(picked), target / (series + PICKED), shard_config)
     return index
 
 
@@ -263,10 +240,3 @@ def _check(outcome: Outcome, rows: pa.Table, kept: np.ndarray, stages: tuple[Sta
             found, expected = outcome.samples.get(f"{stage.name}/{kind}", 0), kinds[kind.removesuffix("s")]
             if found != expected:
                 raise RuntimeError(f"{stage.name}/{kind}: {found} samples of {expected} clips")
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copy2(source, target)

@@ -15,26 +15,25 @@ finished folder becomes the output by one rename.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataprep.scores import Scores
-from model.config import UserError
 from model.data.schema import COLUMNS
 
 JOB_NAME = "job.json"  # in the output: what made it
 PART_NAME = "part.json"  # in a part: its shards, for the index
-POOL_VERSION = 2  # of what the pool holds: another one decodes again
+POOL_VERSION = 3  # of what the pool holds: another one decodes again
 POOL_NAME = "pool"  # in the output: every decoded clip
 SHARDS_NAME = "shards.json"  # in the pool: its shards, by data set
 ITEMS_NAME = "items.parquet"  # in the output: one row per input item; in the pool, as it was before selection
@@ -71,6 +70,7 @@ class Account:
     source_width: int = 0
     seconds: float = 0.0  # decoded
     frame_rate: float = 0.0  # of the source, on average
+    fingerprint: str = ""  # of the input as it was listed: with another one it is prepared again
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,51 +217,28 @@ def series_name(part: int, aside: bool) -> str:
     return part_name(part) + (ASIDE if aside else "")
 
 
-def workspace_of(output: Path, digest: str) -> Path:
-    """The work folder of a job, on the file system of its output."""
-    return output.with_name(f"{output.name}.tmp-{digest[:16]}")
-
-
-@contextlib.contextmanager
-def locked(workspace: Path) -> Iterator[None]:
-    """Hold the work folder for this job alone; the lock goes with the process.
-
-    Raises:
-        UserError: another job is running there.
-    """
-    workspace.mkdir(parents=True, exist_ok=True)
-    with (workspace / "lock").open("w") as lock:
-        _lock_or_refuse(lock, workspace)
-        yield
-
-
-def missing_parts(workspace: Path, parts: int) -> list[int]:
+def missing_parts(workspace: Path, parts: range) -> list[int]:
     """The partitions that no earlier run has committed."""
-    return [part for part in range(parts) if not (workspace / "parts" / part_name(part) / PART_NAME).is_file()]
+    return [part for part in parts if not (workspace / "parts" / part_name(part) / PART_NAME).is_file()]
 
 
-def describe_output(output: Path) -> dict[str, Any] | None:
-    """What made ``output``: "digest", "select" and "outcome"; None if nothing is there.
-
-    Raises:
-        UserError: something is there that dataprep did not write.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    try:
-        job = json.loads((output / JOB_NAME).read_text(encoding="utf-8"))
-        outcome = job["outcome"] if "select" in job else None  # None: made before there was a selection
-        return {"digest": str(job["digest"]), "select": job.get("select"), "outcome": outcome and Outcome(**outcome)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"output: {output} exists and was not written by dataprep; choose another folder") from error
-
-
-def gather(workspace: Path, parts: int, progress: Callable[[], object]) -> None:
+def gather(workspace: Path, parts: range, progress: Callable[[], object]) -> None:
     """Put the committed parts together in ``finished/pool``, calling ``progress`` for each. Can be interrupted and repeated."""
+    pool = workspace / "finished" / POOL_NAME
+    index = gather_shards(workspace, parts, progress)
+    for name, columns in ((ITEMS_NAME, ACCOUNT_SCHEMA), (CLIPS_NAME, CLIP_SCHEMA)):
+        with pq.ParquetWriter(pool / name, columns) as writer:
+            for part in parts:
+                writer.write_table(pq.read_table(workspace / "parts" / part_name(part) / name))
+    index.write(pool)
+
+
+def gather_shards(workspace: Path, parts: range, progress: Callable[[], object]) -> "PoolIndex":
+    """Move the shards of the committed parts, not their tables, to ``finished/pool``. Can be interrupted and repeated."""
     pool = workspace / "finished" / POOL_NAME
     pool.mkdir(parents=True, exist_ok=True)
     text_width, datasets = 0, dict[str, list[dict[str, Any]]]()
-    for part in range(parts):
+    for part in parts:
         folder = workspace / "parts" / part_name(part)
         summary = json.loads((folder / PART_NAME).read_text())
         text_width = summary["text_width"] or text_width
@@ -273,11 +250,61 @@ def gather(workspace: Path, parts: int, progress: Callable[[], object]) -> None:
                 if series.exists():
                     series.rename(pool / dataset / series.name)
         progress()
-    for name, columns in ((ITEMS_NAME, ACCOUNT_SCHEMA), (CLIPS_NAME, CLIP_SCHEMA)):
-        with pq.ParquetWriter(pool / name, columns) as writer:
-            for part in range(parts):
-                writer.write_table(pq.read_table(workspace / "parts" / part_name(part) / name))
-    (pool / SHARDS_NAME).write_text(json.dumps({"datasets": datasets, "text_width": text_width}))
+    return PoolIndex(datasets, text_width)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolIndex:
+    """What a pool's ``shards.json`` says."""
+
+    datasets: dict[str, list[dict[str, Any]]]  # "stage1/videos" -> its shards, as an index has them
+    text_width: int  # 0 where no sample is
+
+    @staticmethod
+    def read(pool: Path) -> "PoolIndex":
+        return PoolIndex(**json.loads((pool / SHARDS_NAME).read_text()))
+
+    def write(self, pool: Path) -> None:
+        (pool / SHARDS_NAME).write_text(json.dumps(dataclasses.asdict(self)))
+
+    def series(self, dataset: str) -> dict[str, list[dict[str, Any]]]:
+        """Folder of a series -> its shards, in order."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for shard in self.datasets.get(dataset, []):
+            found.setdefault(Path(shard["raw_data"]["basename"]).parent.name, []).append(shard)
+        return found
+
+
+def copy_samples(
+    source: Path, series: list[dict[str, Any]], positions: np.ndarray, folder: Path, config: ShardConfig
+) -> list[dict[str, Any]]:
+    """Copy the samples at ``positions`` (ascending) of a series of shards in ``source`` into new shards in ``folder``.
+
+    Returns:
+        what an index says of the new ones.
+    """
+    from streaming.base.format import reader_from_json
+
+    begin, writer = 0, mds_writer(folder, config)
+    for shard in series:
+        end = begin + shard["samples"]
+        chosen = positions[(positions >= begin) & (positions < end)] - begin
+        if len(chosen):
+            reader = reader_from_json(str(source), "", shard)
+            for position in chosen.tolist():
+                writer.write(reader.get_item(position))
+        begin = end
+    return finish_series(writer, folder)
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has none. The copy appears whole."""
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    partial = f"{target}.partial"
+    shutil.copy2(source, partial)
+    os.replace(partial, target)  # noqa: PTH105
 
 
 def read_sample(pool: Path, datasets: dict[str, list[dict[str, Any]]], dataset: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -295,23 +322,3 @@ def read_sample(pool: Path, datasets: dict[str, list[dict[str, Any]]], dataset: 
                 return reader_from_json(str(pool / dataset), "", shard).get_item(position)
             position -= shard["samples"]
     raise ValueError(f"{dataset} has no sample {row['position']} in {series}")
-
-
-def swap_in(workspace: Path, output: Path) -> None:
-    """Make ``finished`` the output. What was there before is replaced; the work folder goes."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        replaced = workspace / "replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        output.rename(replaced)
-    (workspace / "finished").rename(output)
-    shutil.rmtree(workspace, ignore_errors=True)
-
-
-def _lock_or_refuse(lock: TextIO, workspace: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another dataprep job is writing to {workspace}") from error
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()

@@ -77,7 +77,7 @@ def output(tmp_path: Path) -> Path:
     add(writer, "d", "image", "night", dataclasses.replace(GOOD, brightness=0.0), 0)
     writer.account(Account("bad", "video", "x", "rejected", "too short", "1 frame"))
     writer.commit()
-    shards.gather(workspace, 1, lambda: None)
+    shards.gather(workspace, range(1), lambda: None)
     config = {"stages": [dataclasses.asdict(stage) for stage in STAGES], "clips": {"frame_rate": 24}}
     job = {"digest": "d", "config": config}
     select = SelectConfig(duplicate_bits=None)
@@ -171,7 +171,7 @@ def test_a_set_of_images_alone_has_a_page(tmp_path: Path) -> None:
     writer = PartWriter(workspace, 0, ShardConfig())
     add(writer, "i", "image", "one", GOOD, 90)
     writer.commit()
-    shards.gather(workspace, 1, lambda: None)
+    shards.gather(workspace, range(1), lambda: None)
     job = {"config": {"stages": [dataclasses.asdict(stage) for stage in STAGES], "clips": {"frame_rate": 24}}}
     selection.select(workspace / "finished", SelectConfig(), STAGES, ShardConfig(), manifest, job)
     assert "Kept (1 of 1)" in shown(workspace / "finished").text

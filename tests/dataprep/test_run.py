@@ -25,8 +25,9 @@ from streaming.base.hashing import get_hash
 from dataprep import run as job
 from model import text
 from model.config import load
-from model.data.schema import COLUMNS, Manifest
+from model.data.schema import Manifest
 from model.text import TextEncoder
+from tests.dataprep.prepared import content
 
 ROOT = Path(__file__).parents[2]
 GOOD_VIDEOS, GOOD_IMAGES = 9, 3
@@ -125,17 +126,6 @@ def frames(row: dict[str, Any], manifest: Manifest) -> Iterator[np.ndarray]:
             yield np.frombuffer(data, np.uint8).reshape(manifest.height, manifest.width, 3)
         else:
             yield np.asarray(Image.open(io.BytesIO(data)))
-
-
-def content(output: Path) -> dict[str, dict[str, bytes]]:
-    """dataset -> key -> everything in the sample"""
-    found: dict[str, dict[str, bytes]] = {}
-    for index in output.rglob("index.json"):
-        rows = LocalDataset(str(index.parent))
-        samples = {row["key"]: b"|".join(np.asarray(row[name]).tobytes() for name in sorted(COLUMNS)) for row in rows}
-        assert len(samples) == len(rows)
-        found[str(index.parent.relative_to(output))] = samples
-    return found
 
 
 def streaming_dataset(folder: Path) -> StreamingDataset:

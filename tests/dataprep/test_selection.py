@@ -1,7 +1,6 @@
 """From the pool to data sets: thresholds, duplicates, shards that are linked or copied, and sums that hold."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def finished(tmp_path: Path) -> Path:
             writer.account(Account(item, "video", "somewhere", "kept", clips=len(clips)))
         writer.account(Account(f"bad{part}", "video", "somewhere", "rejected", "too short", "1 frame"))
         writer.commit()
-    shards.gather(workspace, 2, lambda: None)
+    shards.gather(workspace, range(2), lambda: None)
     return workspace / "finished"
 
 
@@ -142,17 +141,6 @@ def test_thresholds_go_back_and_forth_without_losing_anything(finished: Path) ->
         found = keys(finished)
         assert (outcome.clips_kept, len(found)) == (expected, expected)
         assert found <= everything
-    output = finished.parent.parent / "out"
-    shards.swap_in(finished.parent, output)
-    selection.link_pool(output, finished)
-    assert select(finished, SelectConfig()).clips_kept == 4
-    assert json.loads((finished / "job.json").read_text())["select"]["min_motion"] == SelectConfig().min_motion
-
-
-def test_a_pool_that_is_gone_is_told(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="is gone"):
-        selection.link_pool(tmp_path / "out", tmp_path / "finished")
 
 
 def test_nothing_selected_is_the_users_error(finished: Path) -> None:

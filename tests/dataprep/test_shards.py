@@ -10,7 +10,7 @@ import pytest
 from streaming import LocalDataset
 from streaming.base.hashing import get_hash
 
-from dataprep import selection, shards
+from dataprep import outputs, selection, shards
 from dataprep.encode import StageConfig
 from dataprep.selection import SelectConfig
 from dataprep.shards import Account, ClipRow, Outcome, PartWriter, ShardConfig
@@ -64,7 +64,7 @@ def manifest(kind: Kind, stage: StageConfig, samples: int, text_width: int) -> M
 
 
 def assemble(workspace: Path, parts: int) -> Outcome:
-    shards.gather(workspace, parts, lambda: None)
+    shards.gather(workspace, range(parts), lambda: None)
     select = SelectConfig(duplicate_bits=None)
     return selection.select(workspace / "finished", select, (STAGE,), ShardConfig(), manifest, {"digest": "d"})
 
@@ -90,7 +90,7 @@ def test_parts_become_one_dataset_that_streaming_reads(tmp_path: Path, workspace
     outcome = assemble(workspace, 3)
     assert outcome == OUTCOME
     output = tmp_path / "out"
-    shards.swap_in(workspace, output)
+    outputs.swap_in(workspace, output)
     assert not workspace.exists()
 
     found = read(output / "stage1/videos")
@@ -131,7 +131,7 @@ def test_only_committed_parts_count(workspace: Path) -> None:
     fill(PartWriter(workspace, 1, ShardConfig()), 1)  # its process dies here
     aborted = fill(PartWriter(workspace, 2, ShardConfig()), 2)
     aborted.abort()
-    assert shards.missing_parts(workspace, 3) == [1, 2]
+    assert shards.missing_parts(workspace, range(3)) == [1, 2]
     assert len(list((workspace / "attempts").iterdir())) == 1  # what died left something, what was aborted did not
 
 
@@ -154,8 +154,8 @@ def test_assembly_can_be_interrupted_anywhere(workspace: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shards.gather(workspace, 3, interrupt)
-    assert shards.missing_parts(workspace, 3) == []
+        shards.gather(workspace, range(3), interrupt)
+    assert shards.missing_parts(workspace, range(3)) == []
     assert assemble(workspace, 3) == assemble(workspace, 3) == OUTCOME
     assert len(read(workspace / "finished/stage1/videos")) == 6
 
@@ -171,32 +171,14 @@ def test_nothing_kept_is_the_users_error(tmp_path: Path, workspace: Path) -> Non
 
 def test_an_output_is_replaced_whole(tmp_path: Path, workspace: Path) -> None:
     output = tmp_path / "out"
-    assert shards.describe_output(output) is None
+    assert outputs.describe(output) is None
     for generation in range(2):
         workspace.mkdir(exist_ok=True)
         fill(PartWriter(workspace, 0, ShardConfig()), generation).commit()
         outcome = assemble(workspace, 1)
-        shards.swap_in(workspace, output)
-        found = shards.describe_output(output)
+        outputs.swap_in(workspace, output)
+        found = outputs.describe(output)
         assert found is not None
-        assert (found["digest"], found["outcome"]) == ("d", outcome)
+        assert (found.digest, found.outcome) == ("d", outcome)
     assert set(read(output / "stage1/videos")) == {"1-0", "1-1"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    assert shards.describe_output(tmp_path / "out") is None  # empty
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not written by dataprep"):
-        shards.describe_output(tmp_path / "out")
-    (tmp_path / "file").write_text("{}")
-    with pytest.raises(UserError, match="not written by dataprep"):
-        shards.describe_output(tmp_path / "file")
-
-
-def test_one_job_at_a_time(workspace: Path) -> None:
-    with shards.locked(workspace), pytest.raises(UserError, match="another dataprep job"), shards.locked(workspace):
-        pass
-    with shards.locked(workspace):
-        pass
