@@ -47,6 +47,7 @@ class Verdict:
     direction: bool | None  # None where the caption says nothing of motion
     all: bool  # everything above
     unread: tuple[str, ...]  # which of the above could not be told, rather than told wrongly
+    moves: bool  # whether something should move
     speed_ratio: float | None  # read over true, mean over the moving objects; None without one or where it cannot be told
 
 
@@ -58,7 +59,7 @@ def parse(caption: str) -> Truth:
     """
     match = _CAPTION.fullmatch(caption)
     if match is None:
-        raise UserError(f"not a caption of a moving scene that can be judged: {caption!r}")
+        raise UserError(f"a caption that cannot be judged as a moving scene: {caption!r}")
     objects = []
     for subject in match["subjects"].split(" and "):
         _, colour, shape, *action = subject.split(" ", 4)
@@ -91,9 +92,10 @@ def judge(reading: Reading, truth: Truth, speed: float = SPEED) -> Verdict:
         if right[name] is False and any(getattr(found, name) is None for _, found in pairs):
             unread.append(name)
     ratios = [found.speed / speed for said, found in pairs if said.direction not in (None, STILL) and found.speed is not None]
+    should_move = any(said.direction not in (None, STILL) for said in truth.objects)
     everything = all(value is not False for value in right.values())
     ratio = sum(ratios) / len(ratios) if ratios else None
-    return Verdict(**right, all=everything, unread=tuple(unread), speed_ratio=ratio)  # type: ignore[arg-type]
+    return Verdict(**right, all=everything, unread=tuple(unread), moves=should_move, speed_ratio=ratio)  # type: ignore[arg-type]
 
 
 _MISSING = Seen(None, None, 0.0, None, None)

@@ -1,168 +1,158 @@
-"""The benchmark's metrics on real clips, whose truth is known: right through the codecs and at every frame rate, and chance where
-captions are shuffled."""
+"""Scores of clips of the benchmark: counts, intervals and distances against closed forms, and the command on real folders."""
 
-import io
 import itertools
-from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
-from torchvision.io import decode_jpeg
+from streaming import MDSWriter
 
-from dataprep import moving_scenes, scene_files
-from dataprep.clips import ClipConfig, Facts, read_video
-from dataprep.encode import StageConfig, encode_frame
-from dataprep.filters import FilterConfig
-from dataprep.geometry import Size
-from dataprep.moving_scenes import MOTIONS
-from dataprep.scenes import PALETTE, SIMPLE_COLOURS, SIMPLE_SHAPES, Background, Figure, Scene, render
-from pipelines.judge import SPEED, Verdict, judge, parse
-from pipelines.truth import COLOURS, DIRECTIONS, SHAPES, STILL, Reading, read
-
-STORED_RATE = 24
-SIZES = {36: Size(36, 64), 16: Size(16, 24)}
-FRAMES = {36: 16, 16: 8}  # by height
-RATES = {36: (24, 12, 8), 16: (24, 12, 8, 6, 4)}  # by height: those at which so many frames fit into two seconds
-WINDOWS = [(height, rate) for height, rates in RATES.items() for rate in rates]
-CHANCE = {"background": 1 / 6, "count": 1, "colour": 1 / 6, "shape": 1 / 3, "direction": 1 / 5}  # about: one in so many words
+from dataprep import moving_scenes as benchmark
+from dataprep.scenes import render
+from model import media, text
+from model.config import UserError
+from model.data import schema
+from model.data.schema import Manifest, TextManifest
+from pipelines import moving_scenes
+from pipelines.moving_scenes import LEAST_SPREAD, Clip, Score, distance, features, score, table
 
 
-class Read(NamedTuple):
-    """A window of a real clip, read."""
-
-    caption: str
-    height: int
-    frame_rate: float
-    reading: Reading
-
-    def verdict(self) -> Verdict:
-        return judge(self.reading, parse(self.caption))
+def clips(number: int, seed: int, frame_rate: float = 12, frames: int = 16) -> list[Clip]:
+    """Real ones, half a second into each scene."""
+    drawn = itertools.islice(benchmark.scenes("seen", seed), number)
+    return [
+        Clip(np.stack([render(scene, 0.5 + n / frame_rate, 36, 64) for n in range(frames)]), scene.caption(), frame_rate)
+        for scene in drawn
+    ]
 
 
-def drawn(scene: Scene, begin: float, height: int, rate: float) -> np.ndarray:
-    """(T, H, W, 3) as the geometry of dataprep crops it: 16:9, and 3:2 from its middle."""
-    wide = round(height * 16 / 9)
-    margin = (wide - SIZES[height].width) // 2
-    frames = [render(scene, begin + n / rate, height, wide) for n in range(FRAMES[height])]
-    return np.stack(frames)[:, :, margin : margin + SIZES[height].width]
+def rates(found: Score) -> dict[str, tuple[int, int]]:
+    return {rate.name: (rate.right, rate.number) for rate in found.rates}
 
 
-@pytest.fixture(scope="module")
-def raw() -> list[Read]:
-    """360 clips as they are drawn, each of another scene; every third of an unseen combination."""
-    streams = [moving_scenes.scenes(split, 7) for split in ("seen", "seen", "unseen")]
-    rng = np.random.default_rng(0)
-    found = []
-    for number, (height, rate) in zip(range(360), itertools.cycle(WINDOWS)):
-        scene = next(streams[number // len(WINDOWS) % 3])
-        begin = rng.uniform(0, 2 - (FRAMES[height] - 1) / rate)
-        found.append(Read(scene.caption(), height, rate, read(drawn(scene, begin, height, rate), rate)))
-    return found
-
-
-def jpeg(frame: np.ndarray) -> np.ndarray:
-    """As stage 2 stores it and training reads it."""
-    data = encode_frame(frame, StageConfig("stage2", 36, 64, "jpeg"))
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
-
-
-@pytest.fixture(scope="module")
-def files() -> list[Read]:
-    """320 windows of 40 video files, at each size and frame rate: every codec and container at every rate, variable ones too."""
-    made = scene_files.SceneFilesConfig("", 40, 0, 11, "benchmark", max_seconds=2.25, sizes=((320, 180), (426, 240)))
-    config = ClipConfig(frame_rate=STORED_RATE, clip_frames=48, min_frames=40, max_clips_per_video=1)
-    rng = np.random.default_rng(0)
-    found = []
-    for item in scene_files.plan_items(made):
-        file = io.BytesIO(scene_files.encode_video(item))
-        shown = [s for s in read_video(file, [*SIZES.values()], config, FilterConfig(), Facts()) for _ in range(s.repeats)]
-        stored = {36: np.stack([jpeg(s.images[0]) for s in shown]), 16: np.stack([s.images[1] for s in shown])}
-        for height, rate in WINDOWS:
-            stride = STORED_RATE // rate
-            reach = (FRAMES[height] - 1) * stride + 1
-            begin = rng.integers(len(shown) - reach + 1)
-            window = stored[height][begin : begin + reach : stride]
-            found.append(Read(item.caption, height, rate, read(window, rate)))
-    return found
-
-
-@pytest.mark.parametrize("source", ["raw", "files"])
-def test_real_clips_are_read_right(source: str, request: pytest.FixtureRequest) -> None:
-    clips: list[Read] = request.getfixturevalue(source)
-    assert len(clips) >= 300
-    verdicts = [clip.verdict() for clip in clips]
-    for name in CHANCE:
-        wrong = [clip for clip, verdict in zip(clips, verdicts, strict=True) if not getattr(verdict, name)]
-        assert len(wrong) <= 0.01 * len(clips), (name, wrong)
-    for height, rate in WINDOWS:  # none hides behind the others
-        here = [v for clip, v in zip(clips, verdicts, strict=True) if (clip.height, clip.frame_rate) == (height, rate)]
-        assert sum(not v.all for v in here) <= 1
-        ratios = np.array([v.speed_ratio for v in here if v.speed_ratio is not None])
-        assert len(ratios) > 20
-        assert abs(ratios.mean() - 1) < 0.03
-        assert np.abs(ratios - 1).max() < 0.15
-
-
-def test_shuffled_captions_read_chance(raw: list[Read]) -> None:
-    order = np.random.default_rng(1).permutation(len(raw))
-    shuffled = [raw[other]._replace(reading=clip.reading).verdict() for clip, other in zip(raw, order, strict=True)]
-    truths = [parse(clip.caption) for clip in raw]
-    words = {
-        "background": [t.background for t in truths],
-        "count": [str(len(t.objects)) for t in truths],
-        "colour": [t.objects[0].colour for t in truths],
-        "shape": [t.objects[0].shape for t in truths],
-        "direction": [t.objects[0].direction for t in truths],
+def test_counts_and_intervals() -> None:
+    real = clips(20, 0, frames=8)
+    moving = sum(" moves " in clip.caption for clip in real)
+    found = score(real)
+    assert rates(found) == {
+        **dict.fromkeys(("background", "count", "colour", "shape", "direction", "all"), (20, 20)),
+        "speed": (moving,) * 2,
     }
-    for name, chance in CHANCE.items():
-        expected = sum(count**2 for count in Counter(words[name]).values()) / len(raw) ** 2  # that two clips say the same
-        assert expected == pytest.approx(chance, rel=0.15)
-        low, high = binom.interval(0.9999, len(raw), expected)
-        assert low <= sum(getattr(verdict, name) for verdict in shuffled) <= high, name
-    assert np.mean([verdict.all for verdict in shuffled]) < 0.05
+    assert [rate.unread for rate in found.rates] == [0] * 7
+    assert [(s.frame_rate, s.number) for s in found.speeds] == [(12, moving)]
+    assert found.speeds[0].ratio == pytest.approx(1, abs=0.01)
+    empty = [Clip(np.broadcast_to(clip.frames[:, :1, :1], clip.frames.shape).copy(), clip.caption, 12) for clip in real[:5]]
+    mixed = score([*real[5:], *empty])
+    assert rates(mixed)["background"] == (20, 20)
+    assert rates(mixed)["shape"] == rates(mixed)["all"] == (15, 20)
+    assert next(rate.unread for rate in mixed.rates if rate.name == "shape") == 5
+    rate = moving_scenes._rate("of a table in a book", 95, 0, 100)  # Wilson's interval of 95 in 100
+    assert (rate.low, rate.high) == pytest.approx((0.8882, 0.9785), abs=1e-4)
 
 
-def pairs(number: int) -> Sequence[tuple[Scene, int, int]]:
-    """Scenes of two objects side by side, with the height and frame rate to see them at."""
-    rng = np.random.default_rng(2)
-    found = []
-    for height, rate in itertools.islice(itertools.cycle(WINDOWS), number):
-        ground, *colours = rng.permutation(["red", "white", "black"] if rng.random() < 0.5 else ["blue", "yellow", "white"])
-        figures = []
-        for x, colour in zip((-0.37, 0.37), colours, strict=True):
-            steps = MOTIONS[str(rng.choice(["up", "down", "still"]))]
-            figures.append(Figure(str(rng.choice(SHAPES)), str(colour), 0.34, (x, -steps[1] * SPEED), (0.0, steps[1] * SPEED)))
-        found.append((Scene(tuple(figures), Background("plain", (str(ground),))), height, rate))
-    return found
+def test_pictures_are_scored_without_motion() -> None:
+    drawn = itertools.islice(benchmark.scenes("unseen", 1), 5)
+    pictures = [Clip(render(scene, 1, 36, 64)[None], scene.still_caption(), 12) for scene in drawn]
+    found = score(pictures)
+    assert rates(found) == dict.fromkeys(("background", "count", "colour", "shape", "all"), (5, 5))
+    assert (found.speeds, found.flicker) == ((), None)
+    assert "flicker" not in table(found)
 
 
-def test_two_objects_are_read_right() -> None:
-    wrong = []
-    for scene, height, rate in pairs(100):
-        middle = 1 - (FRAMES[height] - 1) / rate / 2
-        verdict = judge(read(drawn(scene, middle, height, rate), rate), parse(scene.caption()))
-        if not verdict.all:
-            wrong.append((scene.caption(), height, rate, verdict))
-    assert len(wrong) <= 1, wrong
+def test_a_frame_rate_that_is_not_obeyed_shows() -> None:
+    said = [Clip(clip.frames, clip.caption, 24) for clip in clips(12, 2, frames=8) if " moves " in clip.caption]
+    found = score(said)
+    assert found.speeds[0].ratio == pytest.approx(2, rel=0.01)
+    assert rates(found)["speed"] == (0, len(said))
+    assert rates(found)["direction"] == (len(said), len(said))
+    assert rates(score(said, speed=0.5))["speed"] == (len(said), len(said))
 
 
-def test_the_reader_and_the_scenes_mean_the_same_words() -> None:
-    assert {name: PALETTE[name] for name in SIMPLE_COLOURS} == COLOURS
-    assert set(SHAPES) == set(SIMPLE_SHAPES)
-    assert set(MOTIONS) <= {*DIRECTIONS, STILL}
-    assert SPEED == moving_scenes.SPEED
-    for scene in itertools.islice(moving_scenes.scenes("seen", 0), 50):
-        figure = scene.figures[0]
-        said = parse(scene.caption())
-        assert (said.background, said.objects[0].colour, said.objects[0].shape) == (
-            scene.background.colours[0],
-            figure.colour,
-            figure.shape,
-        )
-        steps = np.sign(figure.velocity).astype(int).tolist()
-        assert said.objects[0].direction == next(name for name, motion in MOTIONS.items() if list(motion) == steps)
-        assert parse(scene.still_caption()).objects[0].direction is None
+def test_features_tell_flicker_from_colour() -> None:
+    (clip,) = clips(1, 3)
+    flickering = clip.frames.clip(10, 245)
+    flickering[::2] -= 10
+    still, moved = features(clip.frames.clip(10, 245)), features(flickering)
+    once, _, twice, _ = (moved - still)[-4:]  # mean change between frames, and change of the change
+    assert (once, twice) == pytest.approx((10 / 255, 20 / 255), rel=0.05)
+    assert np.abs(moved - still)[:6].max() < 0.03  # colours
+    assert features(clip.frames[:1]).shape == still.shape
+
+
+def test_distance_against_its_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.normal(0.5, 0.1, (500, 5))
+    assert distance(real, real) == pytest.approx(0, abs=1e-6)
+    step = np.array([1.0, 0, -2, 0, 0]) * (real.std(axis=0) + LEAST_SPREAD)
+    assert distance(real + step, real) == pytest.approx(5, rel=1e-6)  # of Gaussians of one covariance
+    wide = real.mean(axis=0) + 3 * (real - real.mean(axis=0))
+    variances = (real.std(axis=0, ddof=1) / (real.std(axis=0) + LEAST_SPREAD)) ** 2
+    assert distance(wide, real) == pytest.approx((3 - 1) ** 2 * variances.sum(), rel=1e-3)
+
+
+def write_job(folder: Path, made: list[Clip]) -> Path:
+    records = []
+    for number, clip in enumerate(made):
+        media.write_mp4(folder / f"{number}.mp4", clip.frames, clip.frame_rate)
+        records.append({"file": f"{number}.mp4", "prompt": clip.caption, "seed": number})
+    (folder / "samples.json").write_text(json.dumps({"clips": records}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    with MDSWriter(out=str(folder), columns=schema.COLUMNS, hashes=["xxh64"]) as writer:
+        for number, clip in enumerate(clips(24, 4, frame_rate=24, frames=31)):
+            row = {"key": f"{number}", "caption": clip.caption, "frames": clip.frames.tobytes()}
+            ends = (np.arange(1, 32) * clip.frames[0].size).astype(np.uint32)
+            size = {"source_height": 36, "source_width": 64, "start_seconds": 0.0}
+            writer.write({**row, **size, "frame_ends": ends, "text": text.pack(torch.zeros(2, 4))})
+    Manifest("videos", 36, 64, 24.0, 31, "raw", 24, TextManifest("encoder", "r", 4, "bfloat16", 8)).write(folder)
+    return folder
+
+
+def test_command(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fast, slow = write_job(tmp_path / "fast", clips(6, 5, 24)), write_job(tmp_path / "slow", clips(6, 6, 12))
+    moving_scenes.main([str(fast), str(slow), "--real", str(dataset)])
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert "12 of   12   100.0%    75.8% to 100.0%        0  100.0%" in lines["all"]
+    assert out.count("frames per second: 1.0") + out.count("frames per second: 0.9") == 2
+    assert "12 against 12 clips" in lines["frechet"]
+    assert "real clips 0." in lines["flicker:"]
+    moving_scenes.main([str(fast), "--limit", "2"])
+    assert "2 of    2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["nothing there", "another caption", "another length", "another rate", "no limit"])
+def test_what_does_not_fit_is_told_in_one_line(
+    wrong: str, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = clips(2, 7, 9 if wrong == "another rate" else 12, frames=12 if wrong == "another length" else 16)
+    if wrong == "another caption":
+        made[1] = Clip(made[1].frames, "a dog barks", 12)
+    if wrong == "another length":
+        made[1] = Clip(made[1].frames[:8], made[1].caption, 12)
+    folder = write_job(tmp_path, made)
+    arguments = [str(tmp_path / "other" if wrong == "nothing there" else folder), "--real", str(dataset)]
+    with pytest.raises(SystemExit) as stop:
+        moving_scenes.main(arguments + (["--limit", "0"] if wrong == "no limit" else []))
+    assert stop.value.code == 2
+    said = {
+        "nothing there": "not the folder of a finished sampling job",
+        "another caption": "cannot be judged",
+        "another length": "one size and length",
+        "another rate": "shows none of",
+        "no limit": "at least 1",
+    }
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said[wrong] in error
+
+
+def test_no_clips_are_an_error() -> None:
+    with pytest.raises(UserError, match="no clips"):
+        score([])

@@ -132,7 +132,7 @@ def test_captions() -> None:
         "a red heart moves left on a blue background",
         "a red circle moves in on a blue background",
     ):
-        with pytest.raises(UserError, match="can be judged"):
+        with pytest.raises(UserError, match="cannot be judged"):
             parse(other)
 
 

@@ -1,0 +1,168 @@
+"""The benchmark's metrics on real clips, whose truth is known: right through the codecs and at every frame rate, and chance where
+captions are shuffled."""
+
+import io
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+from torchvision.io import decode_jpeg
+
+from dataprep import moving_scenes, scene_files
+from dataprep.clips import ClipConfig, Facts, read_video
+from dataprep.encode import StageConfig, encode_frame
+from dataprep.filters import FilterConfig
+from dataprep.geometry import Size
+from dataprep.moving_scenes import MOTIONS
+from dataprep.scenes import PALETTE, SIMPLE_COLOURS, SIMPLE_SHAPES, Background, Figure, Scene, render
+from pipelines.judge import SPEED, Verdict, judge, parse
+from pipelines.truth import COLOURS, DIRECTIONS, SHAPES, STILL, Reading, read
+
+STORED_RATE = 24
+SIZES = {36: Size(36, 64), 16: Size(16, 24)}
+FRAMES = {36: 16, 16: 8}  # by height
+RATES = {36: (24, 12, 8), 16: (24, 12, 8, 6, 4)}  # by height: those at which so many frames fit into two seconds
+WINDOWS = [(height, rate) for height, rates in RATES.items() for rate in rates]
+CHANCE = {"background": 1 / 6, "count": 1, "colour": 1 / 6, "shape": 1 / 3, "direction": 1 / 5}  # about: one in so many words
+
+
+class Read(NamedTuple):
+    """A window of a real clip, read."""
+
+    caption: str
+    height: int
+    frame_rate: float
+    reading: Reading
+
+    def verdict(self) -> Verdict:
+        return judge(self.reading, parse(self.caption))
+
+
+def drawn(scene: Scene, begin: float, height: int, rate: float) -> np.ndarray:
+    """(T, H, W, 3) as the geometry of dataprep crops it: 16:9, and 3:2 from its middle."""
+    wide = round(height * 16 / 9)
+    margin = (wide - SIZES[height].width) // 2
+    frames = [render(scene, begin + n / rate, height, wide) for n in range(FRAMES[height])]
+    return np.stack(frames)[:, :, margin : margin + SIZES[height].width]
+
+
+@pytest.fixture(scope="module")
+def raw() -> list[Read]:
+    """360 clips as they are drawn, each of another scene; every third of an unseen combination."""
+    streams = [moving_scenes.scenes(split, 7) for split in ("seen", "seen", "unseen")]
+    rng = np.random.default_rng(0)
+    found = []
+    for number, (height, rate) in zip(range(360), itertools.cycle(WINDOWS)):
+        scene = next(streams[number // len(WINDOWS) % 3])
+        begin = rng.uniform(0, 2 - (FRAMES[height] - 1) / rate)
+        found.append(Read(scene.caption(), height, rate, read(drawn(scene, begin, height, rate), rate)))
+    return found
+
+
+def jpeg(frame: np.ndarray) -> np.ndarray:
+    """As stage 2 stores it and training reads it."""
+    data = encode_frame(frame, StageConfig("stage2", 36, 64, "jpeg"))
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+
+
+@pytest.fixture(scope="module")
+def files() -> list[Read]:
+    """320 windows of 40 video files, at each size and frame rate: every codec and container at every rate, variable ones too."""
+    made = scene_files.SceneFilesConfig("", 40, 0, 11, "benchmark", max_seconds=2.25, sizes=((320, 180), (426, 240)))
+    config = ClipConfig(frame_rate=STORED_RATE, clip_frames=48, min_frames=40, max_clips_per_video=1)
+    rng = np.random.default_rng(0)
+    found = []
+    for item in scene_files.plan_items(made):
+        file = io.BytesIO(scene_files.encode_video(item))
+        shown = [s for s in read_video(file, [*SIZES.values()], config, FilterConfig(), Facts()) for _ in range(s.repeats)]
+        stored = {36: np.stack([jpeg(s.images[0]) for s in shown]), 16: np.stack([s.images[1] for s in shown])}
+        for height, rate in WINDOWS:
+            stride = STORED_RATE // rate
+            reach = (FRAMES[height] - 1) * stride + 1
+            begin = rng.integers(len(shown) - reach + 1)
+            window = stored[height][begin : begin + reach : stride]
+            found.append(Read(item.caption, height, rate, read(window, rate)))
+    return found
+
+
+@pytest.mark.parametrize("source", ["raw", "files"])
+def test_real_clips_are_read_right(source: str, request: pytest.FixtureRequest) -> None:
+    clips: list[Read] = request.getfixturevalue(source)
+    assert len(clips) >= 300
+    verdicts = [clip.verdict() for clip in clips]
+    for name in CHANCE:
+        wrong = [clip for clip, verdict in zip(clips, verdicts, strict=True) if not getattr(verdict, name)]
+        assert len(wrong) <= 0.01 * len(clips), (name, wrong)
+    for height, rate in WINDOWS:  # none hides behind the others
+        here = [v for clip, v in zip(clips, verdicts, strict=True) if (clip.height, clip.frame_rate) == (height, rate)]
+        assert sum(not v.all for v in here) <= 1
+        ratios = np.array([v.speed_ratio for v in here if v.speed_ratio is not None])
+        assert len(ratios) > 20
+        assert abs(ratios.mean() - 1) < 0.03
+        assert np.abs(ratios - 1).max() < 0.15
+
+
+def test_shuffled_captions_read_chance(raw: list[Read]) -> None:
+    order = np.random.default_rng(1).permutation(len(raw))
+    shuffled = [raw[other]._replace(reading=clip.reading).verdict() for clip, other in zip(raw, order, strict=True)]
+    truths = [parse(clip.caption) for clip in raw]
+    words = {
+        "background": [t.background for t in truths],
+        "count": [str(len(t.objects)) for t in truths],
+        "colour": [t.objects[0].colour for t in truths],
+        "shape": [t.objects[0].shape for t in truths],
+        "direction": [t.objects[0].direction for t in truths],
+    }
+    for name, chance in CHANCE.items():
+        expected = sum(count**2 for count in Counter(words[name]).values()) / len(raw) ** 2  # that two clips say the same
+        assert expected == pytest.approx(chance, rel=0.15)
+        low, high = binom.interval(0.9999, len(raw), expected)
+        assert low <= sum(getattr(verdict, name) for verdict in shuffled) <= high, name
+    assert np.mean([verdict.all for verdict in shuffled]) < 0.05
+
+
+def pairs(number: int) -> Sequence[tuple[Scene, int, int]]:
+    """Scenes of two objects side by side, with the height and frame rate to see them at."""
+    rng = np.random.default_rng(2)
+    found = []
+    for height, rate in itertools.islice(itertools.cycle(WINDOWS), number):
+        ground, *colours = rng.permutation(["red", "white", "black"] if rng.random() < 0.5 else ["blue", "yellow", "white"])
+        figures = []
+        for x, colour in zip((-0.37, 0.37), colours, strict=True):
+            steps = MOTIONS[str(rng.choice(["up", "down", "still"]))]
+            figures.append(Figure(str(rng.choice(SHAPES)), str(colour), 0.34, (x, -steps[1] * SPEED), (0.0, steps[1] * SPEED)))
+        found.append((Scene(tuple(figures), Background("plain", (str(ground),))), height, rate))
+    return found
+
+
+def test_two_objects_are_read_right() -> None:
+    wrong = []
+    for scene, height, rate in pairs(100):
+        middle = 1 - (FRAMES[height] - 1) / rate / 2
+        verdict = judge(read(drawn(scene, middle, height, rate), rate), parse(scene.caption()))
+        if not verdict.all:
+            wrong.append((scene.caption(), height, rate, verdict))
+    assert len(wrong) <= 1, wrong
+
+
+def test_the_reader_and_the_scenes_mean_the_same_words() -> None:
+    assert {name: PALETTE[name] for name in SIMPLE_COLOURS} == COLOURS
+    assert set(SHAPES) == set(SIMPLE_SHAPES)
+    assert set(MOTIONS) <= {*DIRECTIONS, STILL}
+    assert SPEED == moving_scenes.SPEED
+    for scene in itertools.islice(moving_scenes.scenes("seen", 0), 50):
+        figure = scene.figures[0]
+        said = parse(scene.caption())
+        assert (said.background, said.objects[0].colour, said.objects[0].shape) == (
+            scene.background.colours[0],
+            figure.colour,
+            figure.shape,
+        )
+        steps = np.sign(figure.velocity).astype(int).tolist()
+        assert said.objects[0].direction == next(name for name, motion in MOTIONS.items() if list(motion) == steps)
+        assert parse(scene.still_caption()).objects[0].direction is None
