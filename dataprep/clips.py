@@ -5,6 +5,7 @@ One pass: only the picked frames are scaled, to all stages at once. Shapes: H he
 
 import contextlib
 import dataclasses
+import errno
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -21,8 +22,10 @@ from dataprep.geometry import Size
 # Demuxers of plain files. Playlists and the like (hls, concat, dash) are out: they would open other files.
 DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,gif,ogg,h264,hevc,m4v"
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-TIMESTAMP_SLACK = Fraction(1, 1000)  # seconds; Matroska rounds timestamps to milliseconds
+TIMESTAMP_SLACK = Fraction(1, 1000)  # seconds; Matroska rounds to milliseconds, and so does an mp4 that was made from it
 DURATION_SLACK = 0.25  # seconds; containers also count audio and delays
+FRAME_BYTES = 6  # of a pixel of a decoded frame, at most: three times 16 bits
+PACKET_PIXELS = 1 << 16  # a packet of a tiny picture costs as much to decode as this many pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Facts:
 def pick(frames: Iterator[Any], frame_rate: Fraction, filters: FilterConfig, facts: Facts) -> Iterator[tuple[Any, int]]:
     """Pairs (frame, repeats): at every instant k / ``frame_rate`` after the first frame, the latest frame that is due.
 
-    Exact on variable rates: times are fractions. A frame counts as due up to one tick of its clock early, at most a millisecond,
-    because containers round timestamps. Frames that are never shown are skipped.
+    Exact on variable rates: times are fractions. A frame counts as due up to a millisecond early, because containers round
+    timestamps. Frames that are never shown are skipped.
 
     Raises:
         Rejected: a gap in the timestamps.
@@ -96,7 +99,7 @@ def pick(frames: Iterator[Any], frame_rate: Fraction, filters: FilterConfig, fac
         seconds = (frame.pts - start) * frame.time_base
         if held is not None:
             filters.check_gap(float(seconds) - facts.seconds, facts.seconds)
-            due = _first_instant(seconds, frame.time_base, frame_rate)
+            due = _first_instant(seconds, frame_rate)
             if due > begin:
                 yield held, due - begin
             begin = max(begin, due)
@@ -104,9 +107,12 @@ def pick(frames: Iterator[Any], frame_rate: Fraction, filters: FilterConfig, fac
         facts.seconds = float(seconds)
         facts.frames += 1
     if held is not None:
-        end = (held.pts - start + held.duration) * held.time_base
+        lasts = held.duration * held.time_base
+        if lasts > filters.max_gap_seconds:  # it may claim hours
+            lasts = Fraction(filters.max_gap_seconds)
+        end = (held.pts - start) * held.time_base + lasts
         facts.seconds = float(end)
-        due = _first_instant(end, held.time_base, frame_rate)
+        due = _first_instant(end, frame_rate)
         if due > begin:
             yield held, due - begin
 
@@ -128,7 +134,7 @@ def read_video(file: BinaryIO, sizes: Sequence[Size], clips: ClipConfig, filters
             scaler = geometry.VideoScaler(sizes, Fraction(stream.sample_aspect_ratio or 1), filters)
             context.thread_count = 1  # Spark runs one task per core
             context.options = {"max_pixels": str(filters.max_pixels)}
-            decoder = _Decoder(container, stream)
+            decoder = _Decoder(container, stream, filters)
             rate, count = Fraction(str(clips.frame_rate)), 0
             for frame, repeats in pick(iter(decoder), rate, filters, facts):
                 repeats = min(repeats, clips.max_frames - count)
@@ -136,8 +142,14 @@ def read_video(file: BinaryIO, sizes: Sequence[Size], clips: ClipConfig, filters
                 count += repeats
                 if count == clips.max_frames:
                     break
+        except MemoryError:  # libav's is one too
+            raise
         except av.FFmpegError as error:
             raise Rejected("not decodable", f"{type(error).__name__}: {error.strerror}") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the disk's, not the file's: it asked for bytes before its beginning
+                raise
+            raise Rejected("not decodable", "it points outside itself") from error
         facts.source, facts.interlaced = scaler.upright, decoder.interlaced
         declared = _declared_seconds(container, stream) if count < clips.max_frames else None
         if declared is not None:
@@ -176,19 +188,25 @@ def read_image(file: BinaryIO, sizes: Sequence[Size], filters: FilterConfig) -> 
 class _Decoder:
     """Frames of a stream in display order, with strictly increasing timestamps; counts what is damaged on the way."""
 
-    def __init__(self, container: Any, stream: Any) -> None:
-        self._container, self._stream = container, stream
+    def __init__(self, container: Any, stream: Any, filters: FilterConfig) -> None:
+        self._container, self._stream, self._filters = container, stream, filters
         self.packets = self.damaged = self.interlaced = 0
         self.offset = 0.0  # seconds at which the first frame is due
 
     def __iter__(self) -> Iterator[Any]:
         previous: int | None = None
+        context, pixels = self._stream.codec_context, 0
         for packet in self._demuxed():
             self.packets += packet.size > 0
             self.damaged += packet.is_corrupt
+            pixels += max(context.width * context.height, PACKET_PIXELS)
+            self._filters.check_work(pixels)
             try:
                 frames = packet.decode()
+            except MemoryError:  # libav's is one too
+                raise
             except av.FFmpegError:
+                bytearray(FRAME_BYTES * context.width * context.height)  # no room? Decoders call that invalid data
                 self.damaged += 1
                 continue
             for frame in frames:
@@ -213,9 +231,9 @@ class _Decoder:
             self.damaged += 1
 
 
-def _first_instant(seconds: Fraction, tick: Fraction, frame_rate: Fraction) -> int:
-    """The first k whose instant k / ``frame_rate`` is not before ``seconds``, give or take the clock's precision."""
-    return max(0, math.ceil((seconds - min(tick, TIMESTAMP_SLACK)) * frame_rate))
+def _first_instant(seconds: Fraction, frame_rate: Fraction) -> int:
+    """The first k whose instant k / ``frame_rate`` is not before ``seconds``, give or take what timestamps are rounded by."""
+    return max(0, math.ceil((seconds - TIMESTAMP_SLACK) * frame_rate))
 
 
 def _opened(file: BinaryIO, filters: FilterConfig) -> Any:

@@ -22,6 +22,8 @@ class FilterConfig:
     min_frame_rate: float = 0.0  # on average, per second: slower sources would be stored with repeated frames
     max_gap_seconds: float = 2.0  # between two frames; a broken clock would otherwise be filled with repeated frames
     max_cropped: float = 0.75  # share of the picture that may be cut away; 0.68 is a 9:16 source in a 16:9 clip
+    max_gigapixels: float = 60.0  # to decode for one video, at least 64k for each packet; 8K at 30 per second for 43 s has 46
+    max_memory_mb: int = 1536  # that decoding one source may take on top of what its process has
     max_damage: float = 0.02  # share of packets that do not decode, and share of the declared duration that is missing
 
     def check_header(self, height: int, width: int) -> None:
@@ -30,6 +32,11 @@ class FilterConfig:
             raise Rejected("not decodable", "no picture size in the header")
         if height * width > self.max_pixels:
             raise Rejected("too many pixels", f"{width}x{height} is more than {self.max_pixels}")
+
+    def check_work(self, pixels: int) -> None:
+        """Raises Rejected on more ``pixels`` to decode than a useful video has: a small file can hold hours of work."""
+        if pixels > self.max_gigapixels * 1e9:
+            raise Rejected("too long to decode", f"more than {self.max_gigapixels:g} gigapixels in its packets")
 
     def check_size(self, height: int, width: int) -> None:
         """Raises Rejected on a picture smaller than asked for."""

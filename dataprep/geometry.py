@@ -79,7 +79,7 @@ class VideoScaler:
             self._build(frame)
             self._layout = layout
         self._source.push(frame)
-        return [cast(av.VideoFrame, sink.pull()).to_ndarray() for sink in self._sinks]
+        return [_over_white(cast(av.VideoFrame, sink.pull()).to_ndarray()) for sink in self._sinks]
 
     def _build(self, frame: av.VideoFrame) -> None:
         self.filters.check_header(frame.height, frame.width)
@@ -101,11 +101,15 @@ class VideoScaler:
         self._source = graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
         )
+        scale = f"{before_turn.width}:{before_turn.height}:flags=bicubic+{ACCURATE}"
+        if _may_be_see_through(frame):  # what is hidden must not bleed into what is not: colours weigh as much as they show
+            see_through = [("scale", f"flags={ACCURATE}{_colour(frame)}"), ("format", "gbrap"), ("premultiply", "inplace=1")]
+            scaling = [*see_through, ("scale", scale)]
+        else:  # planar RGB: every later step works on three full planes and none converts colours again
+            scaling = [("scale", f"{scale}{_colour(frame)}"), ("format", "gbrp")]
         chain = [
             self._source,
-            graph.add("scale", f"{before_turn.width}:{before_turn.height}:flags=bicubic+{ACCURATE}{_colour(frame)}"),
-            # Planar RGB: every later step works on three full planes and none converts colours again.
-            graph.add("format", "gbrp"),
+            *(graph.add(*step) for step in scaling),
             *(graph.add(*turn) for turn in turns),
             graph.add("crop", f"{largest.width}:{largest.height}:{fit.left}:{fit.top}:exact=1"),
             graph.add("split", str(len(self.sizes))),
@@ -119,7 +123,7 @@ class VideoScaler:
                 inner = cover(largest, size)
                 branch.append(graph.add("scale", f"{inner.scaled.width}:{inner.scaled.height}:flags=area+{ACCURATE}"))
                 branch.append(graph.add("crop", f"{size.width}:{size.height}:{inner.left}:{inner.top}:exact=1"))
-            branch += [graph.add("format", "rgb24"), graph.add("buffersink")]
+            branch += [graph.add("format", "rgba" if len(scaling) > 2 else "rgb24"), graph.add("buffersink")]
             branch[0].link_to(branch[1], index, 0)
             for first, second in itertools.pairwise(branch[1:]):
                 first.link_to(second)
@@ -174,6 +178,17 @@ def _cropped(image: Image.Image, size: Size, resampling: Image.Resampling) -> Im
     fit = cover(Size(image.height, image.width), size)
     scaled = image.resize((fit.scaled.width, fit.scaled.height), resampling)
     return scaled.crop((fit.left, fit.top, fit.left + size.width, fit.top + size.height))
+
+
+def _may_be_see_through(frame: av.VideoFrame) -> bool:
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+
+
+def _over_white(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3), or (H, W, 4) with colours that were multiplied by their alpha -> (H, W, 3)."""
+    if image.shape[2] == 3:
+        return image
+    return np.minimum(image[..., :3].astype(np.uint16) + (255 - image[..., 3:]), 255).astype(np.uint8)
 
 
 def _colour(frame: av.VideoFrame) -> str:

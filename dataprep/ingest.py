@@ -255,6 +255,9 @@ def _from_tar(path: Path) -> Iterator[Item]:
                     yield _unusable(key, f"{path}::{member.name}", "duplicate key", "twice in one tar")
                 else:
                     groups[key][suffix] = Span(str(path.absolute()), member.offset_data, member.size)
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # where tarfile just stops
+                raise tarfile.ReadError(f"neither a member nor the end at byte {tar.offset}; nothing behind it was read")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield _unusable(str(path), str(path), "broken tar", str(error))
     for key, spans in groups.items():

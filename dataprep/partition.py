@@ -1,6 +1,8 @@
 """One partition of the items, from reading to committed shards: the work of one Spark task, which knows nothing of Spark."""
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 
-from dataprep import clips, encode, ingest, selection, shards
+from dataprep import clips, encode, ingest, limits, selection, shards
 from dataprep.clips import ClipConfig, Facts
 from dataprep.encode import Clip, StageConfig, TextConfig
 from dataprep.filters import FilterConfig, Rejected
@@ -47,15 +49,22 @@ def process(
     """Prepare the items of row group ``group`` of the list and commit them as ``part``. Bad items become accounts with a reason;
     anything else that goes wrong (no space left, a bug) is raised, leaves nothing behind, and is for Spark to try again.
 
+    After a try that was killed each item is first prepared in a process of its own: a file that makes a decoder crash ends that
+    process and is rejected, where it would end every try.
+
     ``select`` only decides into which files a clip goes, so that the shards of what will be kept need not be written again."""
     av.logging.set_level(av.logging.PANIC)  # what matters is raised
+    # An attempt that fails leaves nothing behind: one that is there was killed, or is still at it.
+    careful = any(Path(workspace).glob(f"attempts/{shards.part_name(part)}-*"))
     writer = PartWriter(Path(workspace), part, recipe.shards)
     try:
         items = ingest.read_group(Path(workspace, shards.ITEMS_NAME), group)
         captions = [_caption(item) for item in items]
         states = encode.encode_captions([caption for caption in captions if isinstance(caption, str)], recipe.text)
+        most = limits.memory_in_use() + recipe.filters.max_memory_mb * limits.MEGABYTE
+        guarded = functools.partial(prepare_guarded, recipe=recipe, most_memory=most, careful=careful)
         for item, caption in zip(items, captions, strict=True):
-            account = _item(item, caption, recipe, select, states, writer)
+            account = _item(item, caption, recipe, select, states, writer, guarded)
             writer.account(dataclasses.replace(account, fingerprint=ingest.fingerprint(item)))
             on_item(account)
         return writer.commit()
@@ -84,6 +93,27 @@ def prepare(item: Item, recipe: Recipe) -> Prepared:
     return Prepared(packed, facts)
 
 
+def prepare_guarded(item: Item, recipe: Recipe, most_memory: int, careful: bool) -> Prepared:
+    """``prepare`` within ``most_memory`` bytes of address space; if ``careful`` only after another process has survived it.
+
+    Raises:
+        Rejected: it cannot or shall not be used.
+    """
+
+    def within() -> Prepared | None:
+        with contextlib.suppress(MemoryError), limits.memory(most_memory):
+            return prepare(item, recipe)
+        return None  # and nothing holds what the error held
+
+    signal = limits.fatal_signal(within) if careful else ""
+    if signal:
+        raise Rejected("crashes the decoder", signal)
+    prepared = within()
+    if prepared is None:
+        raise Rejected("too much memory", f"more than filters.max_memory_mb={recipe.filters.max_memory_mb}")
+    return prepared
+
+
 def _caption(item: Item) -> str | Rejected:
     try:
         if item.reason:
@@ -100,15 +130,14 @@ def _item(
     select: SelectConfig,
     states: dict[str, np.ndarray],
     writer: PartWriter,
+    guarded: Callable[[Item], Prepared],
 ) -> Account:
     try:
         if isinstance(caption, Rejected):
             raise caption
-        prepared = prepare(item, recipe)
+        prepared = guarded(item)
     except Rejected as rejected:
         return Account(item.key, item.kind, item.source, "rejected", rejected.reason, rejected.detail)
-    except MemoryError:
-        raise
     except Exception as error:  # a decoder's complaint about hostile bytes that is not foreseen: still only this item's end
         return Account(item.key, item.kind, item.source, "rejected", "failed", f"{type(error).__name__}: {error}"[:500])
     source = prepared.facts.source

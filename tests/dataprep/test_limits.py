@@ -1,0 +1,91 @@
+"""A bound on memory that holds and goes again, and a process that dies in another's place."""
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dataprep import ingest, limits, partition, shards
+from dataprep.clips import ClipConfig
+from dataprep.encode import StageConfig, TextConfig
+from dataprep.filters import FilterConfig, Rejected
+from dataprep.ingest import Item, Span
+from dataprep.partition import Recipe
+from dataprep.selection import SelectConfig
+from dataprep.shards import PartSummary
+
+RECIPE = Recipe(
+    stages=(StageConfig("only", 36, 64, "raw"),),
+    clips=ClipConfig(frame_rate=24, clip_frames=24, min_frames=12),
+    text=TextConfig("none", 8),
+    filters=FilterConfig(max_cropped=1),
+)
+
+
+def test_memory_is_bounded_within_and_not_after() -> None:
+    with limits.memory(limits.memory_in_use() + 64 * limits.MEGABYTE):
+        small = bytearray(16 * limits.MEGABYTE)
+        with pytest.raises(MemoryError):
+            bytearray(128 * limits.MEGABYTE)
+    assert len(small) + len(bytearray(128 * limits.MEGABYTE)) == 144 * limits.MEGABYTE
+
+
+def test_the_bound_goes_with_an_error() -> None:
+    with pytest.raises(KeyError), limits.memory(limits.memory_in_use()):
+        raise KeyError
+    bytearray(128 * limits.MEGABYTE)
+
+
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        (lambda: None, ""),
+        (lambda: 1 / 0, ""),  # an error is not a crash
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "SIGSEGV"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"),
+    ],
+)
+def test_which_signal_killed_the_work(work: Callable[[], object], name: str) -> None:
+    assert limits.fatal_signal(work) == name
+
+
+def test_a_file_that_crashes_the_decoder_ends_one_try_and_is_then_rejected(
+    tmp_path: Path, write_pairs: Any, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No such file is known; so the decoder of the second one kills the process that runs it."""
+    write_pairs(tmp_path / "in", 3)
+    ingest.write_items(ingest.list_items([str(tmp_path / "in")]), tmp_path / shards.ITEMS_NAME, 3)
+    recipe, whole = dataclasses.replace(RECIPE, text=TextConfig(str(encoder_folder), 8)), partition.prepare
+
+    def prepare(item: Item, recipe: Recipe) -> partition.Prepared:
+        if item.key == "clip.01":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return whole(item, recipe)
+
+    monkeypatch.setattr(partition, "prepare", prepare)
+
+    def attempt() -> PartSummary:
+        return partition.process(recipe, SelectConfig(), str(tmp_path), part=7, group=0, on_item=lambda account: None)
+
+    assert limits.fatal_signal(attempt) == "SIGSEGV"
+    assert not (tmp_path / "parts").exists()
+    assert attempt().kept == 2
+    rows = pq.read_table(tmp_path / "parts" / "part-00007" / shards.ITEMS_NAME).to_pylist()
+    told = {row["key"]: (row["fate"], row["reason"], row["detail"]) for row in rows}
+    crashed = ("rejected", "crashes the decoder", "SIGSEGV")
+    assert told == {"clip.00": ("kept", "", ""), "clip.01": crashed, "clip.02": ("kept", "", "")}
+
+
+def test_a_file_that_needs_too_much_memory_is_rejected(tmp_path: Path) -> None:
+    Image.new("L", (8192, 4352), 255).save(tmp_path / "large.png")
+    item = Item("large", "image", "large", Span(str(tmp_path / "large.png")))
+    with pytest.raises(Rejected, match="too much memory: more than filters.max_memory_mb=1536"):
+        partition.prepare_guarded(item, RECIPE, limits.memory_in_use() + 32 * limits.MEGABYTE, careful=False)
+    most = limits.memory_in_use() + 1024 * limits.MEGABYTE
+    assert len(partition.prepare_guarded(item, RECIPE, most, careful=False).clips) == 1
