@@ -265,6 +265,13 @@ def _from_tar(path: Path) -> Iterator[Item]:
 
 
 def _from_manifest(path: Path) -> Iterator[Item]:
+    try:
+        yield from _rows(path)
+    except (OSError, ValueError, pa.ArrowException) as error:  # damage behind the schema, strings that are not UTF-8
+        yield _unusable(str(path), str(path), "broken manifest", _first_line(error))
+
+
+def _rows(path: Path) -> Iterator[Item]:
     """Columns ``path`` (relative ones start at the manifest's folder), ``caption`` and, if there, ``key``."""
     folder = path.parent.absolute()
     with pq.ParquetFile(path) as file:
@@ -290,8 +297,8 @@ def _manifest_problem(path: Path) -> str:
     """Why ``path`` is no manifest; empty if it is one."""
     try:
         schema = pq.read_schema(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        return f"not a parquet file: {str(error).splitlines()[0]}"
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return f"not a parquet file: {_first_line(error)}"
     for name in ("path", "caption"):
         if name not in schema.names:
             return f"a manifest needs a column '{name}', this file has: {', '.join(schema.names)}"
@@ -341,6 +348,10 @@ def _kind(suffix: str) -> str:
 
 def _unusable(key: str, source: str, reason: str, detail: str = "") -> Item:
     return Item(key=key, kind="", source=source, reason=reason, detail=detail)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _relative(path: Path, folder: Path) -> Path:

@@ -42,7 +42,8 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
     layers = [
         np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency**1.6, s=(height, width)) for _ in range(4)
     ]
-    levels = [layers[0] / layers[0].std() + 0.5 * layer / layer.std() for layer in layers[1:]]
+    layers = [(layer - layer.mean()) / layer.std() for layer in layers]
+    levels = [layers[0] + 0.5 * layer for layer in layers[1:]]
     return np.clip(125 + 40 * np.stack(levels, -1), 8, 247).astype(np.uint8)
 
 

@@ -90,7 +90,7 @@ def every_tenth() -> list[Nasty]:
         return make
 
     cuts = [
-        Nasty(f"cut-{tenths}.{suffix}", cut(suffix, tenths), scene(), DAMAGE, 20 if suffix in ("avi", "gif") else 30)
+        Nasty(f"cut-{tenths}.{suffix}", cut(suffix, tenths), scene(), DAMAGE, 24 if suffix in ("avi", "gif") else 30)
         for suffix in makers
         for tenths in range(1, 10)
     ]

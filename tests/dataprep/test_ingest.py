@@ -149,6 +149,34 @@ def test_manifest_rows(tmp_path: Path) -> None:
         ingest.read_caption(items[4])
 
 
+def test_a_manifest_with_damage_behind_its_schema(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"path": ["a.mp4"] * 9, "caption": ["a"] * 9}), path)
+    data = bytearray(path.read_bytes())
+    data[4:20] = b"\xff" * 16  # the header of the first page
+    path.write_bytes(data)
+    (tmp_path / "good.mp4").write_bytes(b"video")
+    assert {item.key: item.reason for item in listed(tmp_path)} == {str(path): "broken manifest", "good": ""}
+
+
+def test_a_manifest_whose_captions_are_no_text(tmp_path: Path) -> None:
+    captions = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")])
+    pq.write_table(pa.table({"path": ["a.mp4"], "caption": captions}), tmp_path / "m.parquet")
+    (tmp_path / "good.mp4").write_bytes(b"video")
+    assert rejected(tmp_path) == {str(tmp_path / "m.parquet"): "broken manifest"}
+
+
+def test_a_hostile_path_in_a_manifest_is_its_rows_end_alone(tmp_path: Path) -> None:
+    paths = ["x" * 5000 + ".mp4", "nul\0.mp4", "good.mp4"]
+    pq.write_table(pa.table({"path": paths, "caption": ["a"] * 3}), tmp_path / "m.parquet")
+    items = listed(tmp_path / "m.parquet")
+    assert [item.reason for item in items] == ["", "", ""]  # met again where they are read
+    for item in items:
+        assert item.media is not None
+        with pytest.raises(Rejected, match="no such file|not readable"):
+            ingest.open_span(item.media)
+
+
 @pytest.mark.parametrize(("span", "reason"), [(Span("/dev/zero"), "not readable"), (Span("/no/such"), "no such file")])
 def test_only_plain_files_are_opened(span: Span, reason: str) -> None:
     with pytest.raises(Rejected) as caught:
