@@ -20,7 +20,7 @@ from model.config import UserError
 from model.data.batch import CHANNELS, Sample
 from model.data.schema import Manifest
 from model.data.shards import ShardStream, Source
-from model.data.storage import one_line
+from model.data.transfer import one_line
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from model import config
 from model.config import UserError
 from model.data import schema
 from model.data.schema import Manifest, SchemaError
-from model.data.storage import Storage, one_line, remove_stale
+from model.data.storage import Storage, remove_stale
+from model.data.transfer import one_line
 
 INDEX_NAME = "index.json"
 

@@ -12,7 +12,7 @@ import boto3
 import pytest
 from torch.utils.data import _utils
 
-from model.data import storage
+from model.data import transfer
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def environment(monkeypatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "BACKOFF_SECONDS", 0.01)
     return monkeypatch
 
 

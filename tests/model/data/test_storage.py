@@ -16,7 +16,7 @@ import pytest
 from streaming.base.dataset import _Iterator, _ShardState
 
 from model.config import UserError
-from model.data import storage
+from model.data import transfer
 from model.data.dataset import build_loader
 from model.data.storage import Storage
 
@@ -70,7 +70,7 @@ def test_what_passes_is_waited_for(s3, remote, videos, config, workers: int) -> 
 
 def test_pauses_grow_and_end(s3, remote, environment) -> None:
     pauses = []
-    environment.setattr(storage, "BACKOFF_SECONDS", 1.0)
+    environment.setattr(transfer, "BACKOFF_SECONDS", 1.0)
     environment.setattr(threading.Event, "wait", lambda _, timeout: pauses.append(timeout))
     s3.fail(manifest=[503] * 100)
     with pytest.raises(UserError, match=r"manifest\.json at .*: .*\(SlowDown, HTTP 503\) \(attempt 6 of 6\)"):
@@ -103,7 +103,7 @@ def test_a_missing_shard_is_named_at_once(s3, remote, workers: int) -> None:
     line = fault_of(dataclasses.replace(remote, workers=workers))
     assert line.startswith(f"{s3.address}/shard.00004.mds at {s3.endpoint}: ")
     assert "NoSuchKey, HTTP 404" in line
-    assert s3.downloads.count("shard.00004.mds") < storage.ATTEMPTS * max(workers, 1)  # ahead of its use, and for its use
+    assert s3.downloads.count("shard.00004.mds") < transfer.ATTEMPTS * max(workers, 1)  # ahead of its use, and for its use
 
 
 def test_a_damaged_object_is_named(s3, remote) -> None:
@@ -182,7 +182,7 @@ def silent() -> Iterator[str]:
 
 
 def test_an_endpoint_that_cannot_be_reached(remote, silent, environment) -> None:
-    environment.setattr(storage, "CONNECT_SECONDS", 0.2)
+    environment.setattr(transfer, "CONNECT_SECONDS", 0.2)
     for endpoint in ("http://127.0.0.1:9", "http://no-such-host.invalid:9000", silent, "no address"):
         environment.setenv("S3_ENDPOINT_URL", endpoint)
         begun = time.monotonic()
@@ -208,7 +208,7 @@ def test_a_server_that_goes_away_in_mid_epoch(s3, remote, workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_server_that_stops_answering_in_mid_epoch(s3, remote, environment, workers: int) -> None:
-    environment.setattr(storage, "READ_SECONDS", 0.5)
+    environment.setattr(transfer, "READ_SECONDS", 0.5)
     loader = build_loader(dataclasses.replace(remote, workers=workers, local_limit="45kb"), 4).dataloader
     iterator = iter(loader)
     next(iterator)
@@ -229,7 +229,7 @@ def test_a_server_that_stops_answering_in_mid_epoch(s3, remote, environment, wor
 
 
 def test_a_server_that_is_back_soon(s3, remote, videos, config, environment) -> None:
-    environment.setattr(storage, "READ_SECONDS", 1.0)
+    environment.setattr(transfer, "READ_SECONDS", 1.0)
     expected = epoch(config(videos=videos))
     iterator = iter(build_loader(dataclasses.replace(remote, workers=1, local_limit="45kb"), 4).dataloader)
     seen = list(next(iterator)["key"])
@@ -242,9 +242,9 @@ def test_a_server_that_is_back_soon(s3, remote, videos, config, environment) -> 
 
 
 def test_a_download_that_trickles_is_given_up(s3, tmp_path, environment) -> None:
-    environment.setattr(storage, "READ_SECONDS", -1.0)  # no allowance: whatever comes, it comes too slowly
-    environment.setattr(storage, "SLOWEST", 10**9)
-    environment.setattr(storage, "Config", lambda **options: None)  # with the client's own timeouts
+    environment.setattr(transfer, "READ_SECONDS", -1.0)  # no allowance: whatever comes, it comes too slowly
+    environment.setattr(transfer, "SLOWEST", 10**9)
+    environment.setattr(transfer, "Config", lambda **options: None)  # with the client's own timeouts
     with pytest.raises(UserError, match=r"shard\.00001\.mds at .*: slower than"):
         Storage(s3.address).fetch("shard.00001.mds", tmp_path / "shard")
 
