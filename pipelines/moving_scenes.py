@@ -32,6 +32,7 @@ SPEED_TOLERANCE = 0.15
 BINS = 6  # of a channel's histogram
 LEAST_SPREAD = 1 / 255  # of a feature among the real clips; less is not worth telling apart
 MAX_FRAMES = 256
+MIN_FILE_HEIGHT = 32  # pixels; h264 halves the resolution of colours, and shapes of a few pixels with it
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def sampled(folder: Path, limit: int | None = None) -> Iterator[Clip]:
         raise UserError(f"{folder}: not the folder of a finished sampling job: {error}") from error
     for file, prompt in tqdm(listed[:limit], f"clips of {folder.name}", unit="clip"):
         video = media.read_video(folder / Path(file).name, MAX_FRAMES)
+        if video.frames.shape[1] < MIN_FILE_HEIGHT:
+            raise UserError(f"{folder / file}: {video.frames.shape[1]} lines, too few to tell shapes in compressed video")
         yield Clip(video.frames, prompt, video.frame_rate)
 
 

@@ -30,6 +30,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (24, 24, 28),
 }
 SHAPES = ("circle", "square", "triangle")
+# What is compared: turned ones have no word, but would else pass for a circle.
+DRAWN = [*((shape, 0.0) for shape in SHAPES), *(("square", degrees) for degrees in (22.5, 45.0, 67.5)), ("triangle", 60.0)]
 STILL = "still"
 # By angle from the right, clockwise (y points down), in steps of 45 degrees.
 DIRECTIONS = (
@@ -112,7 +114,7 @@ def read(frames: np.ndarray, frame_rate: float, stage: float | None = None) -> R
     stands_out = np.linalg.norm(difference, axis=-1) > CONTRAST
     if stands_out.mean() > 1 - MIN_PLAIN:
         return Reading(None, None, (), None)
-    labels, values = _colours(frames, difference, stands_out, MIN_AREA * unit**2)
+    labels, values = _colours(frames, difference, stands_out, _name(ground), MIN_AREA * unit**2)
     owner, coverage = _shares(difference, values - ground)
     objects, counts = [], np.zeros(len(frames), int)
     for k, name in enumerate(labels):
@@ -136,7 +138,7 @@ def _name(colour: np.ndarray) -> str | None:
 
 
 def _colours(
-    frames: np.ndarray, difference: np.ndarray, stands_out: np.ndarray, min_area: float
+    frames: np.ndarray, difference: np.ndarray, stands_out: np.ndarray, behind: str | None, min_area: float
 ) -> tuple[list[str | None], np.ndarray]:
     """The words and (K, 3) values of the colours that objects have, from the cores of the components."""
     parts, _ = ndimage.label(stands_out, np.pad(_SQUARE, ((1, 1), (0, 0), (0, 0))))
@@ -152,7 +154,8 @@ def _colours(
         name = _name(core)
         cores.setdefault(name, []).append(core)
         seen.setdefault(name, set()).add(place[0].start)
-    names = [name for name in cores if len(seen[name]) >= MIN_SEEN * len(frames)]
+    # What has the background's colour too is a halo, as compression leaves around objects.
+    names = [name for name in cores if len(seen[name]) >= MIN_SEEN * len(frames) and (name is None or name != behind)]
     return names, np.array([np.median(cores[name], axis=0) for name in names]).reshape(-1, 3)
 
 
@@ -257,15 +260,22 @@ def _shape(track: _Track, area: float) -> str | None:
     fine = (np.arange(side * SUBPIXELS) + 0.5) / SUBPIXELS
     x, y = (fine[None, :] - (centres - corners)[:, axis, None] for axis in (0, 1))
     misfits = []
-    for shape in SHAPES:
-        drawn = _inside(shape, x[:, None, :], y[:, :, None], area).astype(np.float32)
+    for shape, degrees in DRAWN:
+        drawn = _inside(shape, *_turned(x[:, None, :], y[:, :, None], degrees), area).astype(np.float32)
         drawn = drawn.reshape(len(patches), side, SUBPIXELS, side, SUBPIXELS).mean(axis=(2, 4))
         blurred = [ndimage.gaussian_filter(drawn, (0, blur, blur)) if blur else drawn for blur in BLURS]
         misfits.append(min(1 - np.corrcoef(patches.ravel(), b.ravel())[0, 1] ** 2 for b in blurred))
     first, second = np.argsort(misfits)[:2]
     if misfits[first] > MAX_MISFIT or misfits[first] > MAX_MISFIT_RATIO * misfits[second]:
         return None
-    return SHAPES[first]
+    shape, degrees = DRAWN[first]
+    return None if degrees else shape
+
+
+def _turned(x: np.ndarray, y: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) as a shape that is turned by ``degrees`` sees them."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return x * cos + y * sin, y * cos - x * sin
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray, area: float) -> np.ndarray:

@@ -127,7 +127,7 @@ def test_command(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[st
     assert "2 of    2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["nothing there", "another caption", "another length", "another rate", "no limit"])
+@pytest.mark.parametrize("wrong", ["nothing there", "another caption", "another length", "another rate", "too small", "no limit"])
 def test_what_does_not_fit_is_told_in_one_line(
     wrong: str, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +136,8 @@ def test_what_does_not_fit_is_told_in_one_line(
         made[1] = Clip(made[1].frames, "a dog barks", 12)
     if wrong == "another length":
         made[1] = Clip(made[1].frames[:8], made[1].caption, 12)
+    if wrong == "too small":
+        made = [Clip(clip.frames[:, ::2, ::2], clip.caption, 12) for clip in made]
     folder = write_job(tmp_path, made)
     arguments = [str(tmp_path / "other" if wrong == "nothing there" else folder), "--real", str(dataset)]
     with pytest.raises(SystemExit) as stop:
@@ -146,6 +148,7 @@ def test_what_does_not_fit_is_told_in_one_line(
         "another caption": "cannot be judged",
         "another length": "one size and length",
         "another rate": "shows none of",
+        "too small": "18 lines, too few",
         "no limit": "at least 1",
     }
     error = capsys.readouterr().err.splitlines()[-1]

@@ -98,6 +98,10 @@ def test_what_cannot_be_told_is_none() -> None:
     assert (grey.background, grey.objects[0].colour, grey.objects[0].shape) == (None, None, "circle")
     blob = ndimage.gaussian_filter(drawn("square", path(0, 0.3, 8), RED, WHITE).astype(float), (0, 3, 3, 0)).astype(np.uint8)
     assert read(blob, 8).objects[0].shape is None
+    (turned,) = drawn("square", np.zeros((1, 2)), RED, WHITE)[:, :, 6:-6]  # HEIGHT x HEIGHT
+    diamond = ndimage.rotate(turned, 45, reshape=False, order=1, mode="nearest")
+    assert read(np.stack([turned]), 8).objects[0].shape == "square"
+    assert read(np.stack([diamond]), 8).objects[0].shape is None
     jumping = drawn("circle", rng.uniform(-0.3, 0.3, (8, 2)), RED, WHITE)
     assert (read(jumping, 8).objects[0].direction, read(jumping, 8).objects[0].speed) == (None, None)
     flashing = drawn("circle", path(0, 0.3, 8), RED, WHITE)
