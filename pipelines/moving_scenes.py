@@ -42,6 +42,7 @@ class Clip:
     frames: np.ndarray  # (T, H, W, 3) uint8 RGB
     caption: str
     frame_rate: float  # per second
+    stage: float | None = None  # pixels per stage height, see pipelines.truth.read; None: H
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def score(clips: Iterable[Clip], speed: float = SPEED) -> Score:
     flickers, found = [], []
     for clip in clips:
         truth = parse(clip.caption)
-        reading = read(clip.frames, clip.frame_rate)
+        reading = read(clip.frames, clip.frame_rate, clip.stage)
         judged.append((clip.frame_rate, judge(reading, truth, speed)))
         flickers += [reading.flicker] if reading.flicker is not None else []
         found.append(features(clip.frames))

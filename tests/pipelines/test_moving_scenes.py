@@ -61,6 +61,14 @@ def test_pictures_are_scored_without_motion() -> None:
     assert "flicker" not in table(found)
 
 
+def test_scenes_drawn_straight_into_another_shape_say_their_scale() -> None:
+    drawn = [*itertools.islice(benchmark.scenes("unseen", 8), 20)]
+    made = [(np.stack([render(scene, 0.5 + n / 8, 16, 24) for n in range(8)]), scene.caption()) for scene in drawn]
+    found = score(Clip(frames, caption, 8, stage=24 * 9 / 16) for frames, caption in made)
+    assert rates(found)["all"] == (20, 20)
+    assert found.speeds[0].ratio == pytest.approx(1, abs=0.02)
+
+
 def test_a_frame_rate_that_is_not_obeyed_shows() -> None:
     said = [Clip(clip.frames, clip.caption, 24) for clip in clips(12, 2, frames=8) if " moves " in clip.caption]
     found = score(said)
