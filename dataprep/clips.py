@@ -6,6 +6,7 @@ One pass: only the picked frames are scaled, to all stages at once. Shapes: H he
 import contextlib
 import dataclasses
 import errno
+import io
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dataprep import geometry
+from dataprep.deinterlace import deinterlaced
 from dataprep.filters import FilterConfig, Rejected
 from dataprep.geometry import Size
 
@@ -37,6 +39,7 @@ class ClipConfig:
     min_frames: int  # shorter clips are dropped, shorter sources rejected
     max_clips_per_video: int = 8
     split_at_cuts: bool = True  # a clip lies in one shot
+    deinterlace: bool = True  # else interlaced sources are rejected
 
     def __post_init__(self) -> None:
         if not 0 < self.frame_rate <= 1000:
@@ -136,7 +139,8 @@ def read_video(file: BinaryIO, sizes: Sequence[Size], clips: ClipConfig, filters
             context.options = {"max_pixels": str(filters.max_pixels)}
             decoder = _Decoder(container, stream, filters)
             rate, count = Fraction(str(clips.frame_rate)), 0
-            for frame, repeats in pick(iter(decoder), rate, filters, facts):
+            frames = deinterlaced(iter(decoder)) if clips.deinterlace else iter(decoder)
+            for frame, repeats in pick(frames, rate, filters, facts):
                 repeats = min(repeats, clips.max_frames - count)
                 yield Shown(scaler(frame), repeats)
                 count += repeats
@@ -154,10 +158,12 @@ def read_video(file: BinaryIO, sizes: Sequence[Size], clips: ClipConfig, filters
         declared = _declared_seconds(container, stream) if count < clips.max_frames else None
         if declared is not None:
             declared = max(0.0, declared - DURATION_SLACK)
+        if container.format.name == "gif" and count < clips.max_frames and not _has_gif_end(file):
+            raise Rejected("truncated", "no end mark, so its last frame may be torn")
         filters.check_damage(decoder.damaged, decoder.packets, decoder.offset + facts.seconds, declared)
         if not facts.frames:
             raise Rejected("not decodable", "no frame in it")
-        if facts.interlaced * 2 > facts.frames:
+        if not clips.deinterlace and facts.interlaced * 2 > facts.frames:
             raise Rejected("interlaced", f"{facts.interlaced} of {facts.frames} frames")
         if count < clips.min_frames:
             raise Rejected("too short", f"{count} frames at {clips.frame_rate:g} per second, less than {clips.min_frames}")
@@ -248,6 +254,12 @@ def _video_stream(container: Any) -> Any:
                 raise Rejected("not decodable", "no decoder for its codec")
             return stream
     raise Rejected("no video stream", f"{len(container.streams)} other streams")
+
+
+def _has_gif_end(file: BinaryIO) -> bool:
+    """Gifs say nowhere how long they are, and the decoder shows half a frame without a word."""
+    file.seek(max(0, file.seek(0, io.SEEK_END) - 512))
+    return file.read().rstrip(b"\0\r\n ").endswith(b";")
 
 
 def _declared_seconds(container: Any, stream: Any) -> float | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 from av.stream import Disposition
 from PIL import Image
@@ -154,6 +155,29 @@ def changes_its_size(path: Path) -> None:
 
 def encoder_as_stream(encoder: Any) -> Any:
     return type("Stream", (), {"codec_context": encoder})
+
+
+def fields() -> Frames:
+    """Twice as many moments as frames, of a picture soft enough for half of its lines to tell it."""
+    soft = cv2.GaussianBlur(np.tile(photograph(HEIGHT, WIDTH), (3, 3, 1)), (0, 0), 1.5)[HEIGHT : 2 * HEIGHT, WIDTH : 2 * WIDTH]
+    return [np.roll(soft, 5 * n, axis=1) for n in range(2 * FRAMES)]
+
+
+def interlaced(path: Path, top_first: bool, progressive: int = 0) -> None:
+    """Each frame holds two moments, the first of them in the upper lines if ``top_first``; the first frames may be whole."""
+    moments, weave = fields(), av.filter.Graph()
+    source = weave.add_buffer(width=WIDTH, height=HEIGHT, format="yuv444p", time_base=Fraction(1, 24))
+    chain = [source, weave.add("setfield", "tff" if top_first else "bff"), weave.add("buffersink")]
+    weave.link_nodes(*chain).configure()
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("libx264", rate=24, options={"crf": "4", "x264-params": "interlaced=1"})
+        stream.height, stream.width, stream.pix_fmt, stream.codec_context.time_base = HEIGHT, WIDTH, "yuv444p", Fraction(1, 24)
+        for number in range(FRAMES):
+            image, other = moments[2 * number].copy(), moments[2 * number + (number >= progressive)]
+            image[top_first::2] = other[top_first::2]
+            source.push(picture(image, "yuv444p", 5, number, stream))
+            out.mux(stream.encode(chain[-1].pull()))
+        out.mux(stream.encode(None))
 
 
 def cover_art_first(path: Path) -> None:

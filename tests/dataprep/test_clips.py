@@ -257,7 +257,6 @@ BAD: list[tuple[Callable[[Path, Any], Path | bytes], FilterConfig, str]] = [
     (ten_hour_gap, LENIENT, "gap in timestamps"),
     (short, LENIENT, "too short"),
     (single_frame, LENIENT, "too short"),
-    (interlaced, LENIENT, "interlaced"),
     (high_dynamic_range, LENIENT, "high dynamic range"),
     (as_it_is, FilterConfig(max_pixels=36 * 64 - 1), "too many pixels"),
     (as_it_is, FilterConfig(min_height=37), "too small"),
@@ -274,6 +273,11 @@ def test_bad_videos_are_rejected_with_their_reason(
         read(make(tmp_path, media), filters=filters)
     assert caught.value.reason == reason
     assert "\n" not in caught.value.detail
+
+
+def test_interlaced_videos_are_rejected_where_they_are_not_to_be_deinterlaced(tmp_path: Path, media: Any) -> None:
+    with pytest.raises(Rejected, match="interlaced: 48 of 48 frames"):
+        read(interlaced(tmp_path, media), dataclasses.replace(CLIPS, deinterlace=False))
 
 
 def test_the_good_file_behind_the_bad_ones_is_good(tmp_path: Path, media: Any) -> None:

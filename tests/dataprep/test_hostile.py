@@ -139,6 +139,8 @@ def odd() -> list[Nasty]:
         # Streams.
         Nasty("resized.ts", nasties.changes_its_size, whole),
         Nasty("cover.mp4", nasties.cover_art_first, whole),
+        Nasty("top-first.mp4", lambda path: nasties.interlaced(path, True), nasties.fields()[::2], psnr=36),
+        Nasty("bottom-first.mkv", lambda path: nasties.interlaced(path, False), nasties.fields()[::2], psnr=36),
         # Bombs.
         Nasty("packets.mp4", nasties.many_packets, None, frozenset({"too long to decode"})),
         Nasty("canvas.gif", lambda path: nasties.gif(path, 65535, 65535), None, frozenset({"too many pixels", "not decodable"})),
