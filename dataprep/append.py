@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,15 @@ class Plan:
         return self.gone > self.same
 
 
-def split(listing: Path, pool: Path, todo: Path, items_per_group: int) -> Plan:
-    """Write those items of ``listing`` that ``pool`` does not have to ``todo``, which is a list of its own."""
+def split(listing: Path, pool: Path, todo: Path, items_per_group: int, again: Set[str]) -> Plan:
+    """Write those items of ``listing`` that ``pool`` does not have, or rejected for a reason among ``again``, to ``todo``, a list
+    of its own."""
     counts = {"same": 0, "new": 0}
     with contextlib.closing(DiskSet()) as known, contextlib.closing(DiskSet()) as met:
         rows = 0
         for batch in _batches(pool / shards.ITEMS_NAME, ["fingerprint", "reason"]):
             for row in batch:
-                if row["reason"] not in ingest.TRIED_AGAIN:
+                if row["reason"] not in again:
                     rows += 1
                     known.add(row["fingerprint"])
 

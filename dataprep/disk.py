@@ -3,10 +3,15 @@
 It lies in the folder that SQLITE_TMPDIR or TMPDIR names, else in /var/tmp.
 """
 
+import contextlib
 import hashlib
+import itertools
+import os
 import sqlite3
+from collections.abc import Iterable, Iterator
 
-CACHE_KIB = 64 << 10  # of a table, held in memory
+CACHE_KIB = 32 << 10  # of a table, held in memory
+HELD = 1 << 16  # names that are sorted in memory
 
 
 def connect() -> sqlite3.Connection:
@@ -16,6 +21,22 @@ def connect() -> sqlite3.Connection:
         connection.execute(f"PRAGMA {setting}")
     connection.execute("BEGIN")  # never to be committed: a transaction for each row would take four times as long
     return connection
+
+
+def in_order(names: Iterable[str]) -> Iterator[str]:
+    """``names`` in the order of their bytes, whatever those are; beyond a number they wait on disk."""
+    names = iter(names)
+    first = list(itertools.islice(names, HELD))
+    if len(first) < HELD:
+        yield from sorted(first, key=os.fsencode)
+        return
+    with contextlib.closing(connect()) as database:
+        database.execute("CREATE TABLE names (name BLOB PRIMARY KEY) WITHOUT ROWID")
+        rows = ((os.fsencode(name),) for name in itertools.chain(first, names))
+        database.executemany("INSERT OR IGNORE INTO names VALUES (?)", rows)
+        del first
+        for (name,) in database.execute("SELECT name FROM names ORDER BY name"):
+            yield os.fsdecode(name)
 
 
 class DiskSet:

@@ -36,6 +36,7 @@ class Made:
     recipe: str  # of these without the inputs: what is decoded under the same one can be used again
     select: dict[str, Any] | None
     outcome: Outcome | None  # None: made before there was a selection
+    fetch: dict[str, Any] | None  # what could be had
     pool: str  # a hash of what the pool holds; empty where it is gone
 
 
@@ -85,7 +86,8 @@ def describe(output: Path) -> Made | None:
         outcome = Outcome(**job["outcome"]) if "select" in job else None
         index = output / shards.POOL_NAME / shards.SHARDS_NAME
         pool = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else ""
-        return Made(str(job["digest"]), str(job.get("recipe", "")), job.get("select"), outcome, pool)
+        fetch = job.get("config", {}).get("fetch")
+        return Made(str(job["digest"]), str(job.get("recipe", "")), job.get("select"), outcome, fetch, pool)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"output: {output} exists and was not written by dataprep; choose another folder") from error
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import av
 import numpy as np
 
-from dataprep import clips, encode, ingest, limits, selection, shards
+from dataprep import clips, encode, ingest, limits, selection, shards, spans
 from dataprep.clips import ClipConfig, Facts
 from dataprep.encode import Clip, StageConfig, TextConfig
+from dataprep.fetch import FetchConfig
 from dataprep.filters import FilterConfig, Rejected
 from dataprep.ingest import Item
 from dataprep.selection import SelectConfig
 from dataprep.shards import Account, ClipRow, PartSummary, PartWriter, ShardConfig
+from model import config
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +33,17 @@ class Recipe:
     text: TextConfig
     filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     shards: ShardConfig = dataclasses.field(default_factory=ShardConfig)
+    fetch: FetchConfig = dataclasses.field(default_factory=FetchConfig)  # decides only what can be had: see ``content``
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise ValueError("stages: at least one, each with a name of its own")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the content of a sample: with the same, what is prepared can be used again."""
+        return {name: value for name, value in config.to_tree(self).items() if name != "fetch"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +70,7 @@ def process(
     writer = PartWriter(Path(workspace), part, recipe.shards)
     try:
         items = ingest.read_group(Path(workspace, shards.ITEMS_NAME), group)
-        captions = [_caption(item) for item in items]
+        captions = [_caption(item, recipe.fetch) for item in items]
         states = encode.encode_captions([caption for caption in captions if isinstance(caption, str)], recipe.text)
         most = limits.memory_in_use() + recipe.filters.max_memory_mb * limits.MEGABYTE
         guarded = functools.partial(prepare_guarded, recipe=recipe, most_memory=most, careful=careful)
@@ -81,7 +92,7 @@ def prepare(item: Item, recipe: Recipe) -> Prepared:
     """
     sizes = [stage.size for stage in recipe.stages]
     facts = Facts()
-    with ingest.open_span(item.media) as file:  # type: ignore[arg-type]
+    with spans.open_span(item.media, recipe.fetch) as file:  # type: ignore[arg-type]
         if item.kind == "image":
             images, facts.source = clips.read_image(file, sizes, recipe.filters)
             facts.frames = 1
@@ -114,11 +125,11 @@ def prepare_guarded(item: Item, recipe: Recipe, most_memory: int, careful: bool)
     return prepared
 
 
-def _caption(item: Item) -> str | Rejected:
+def _caption(item: Item, settings: FetchConfig) -> str | Rejected:
     try:
         if item.reason:
             raise Rejected(item.reason, item.detail)
-        return ingest.read_caption(item)
+        return ingest.read_caption(item, settings)
     except Rejected as rejected:
         return rejected
 
@@ -139,6 +150,8 @@ def _item(
     except Rejected as rejected:
         return Account(item.key, item.kind, item.source, "rejected", rejected.reason, rejected.detail)
     except Exception as error:  # a decoder's complaint about hostile bytes that is not foreseen: still only this item's end
+        if isinstance(error, OSError) and error.errno in NO_SPACE:  # for what was fetched: no fault of the item
+            raise
         return Account(item.key, item.kind, item.source, "rejected", "failed", f"{type(error).__name__}: {error}"[:500])
     source = prepared.facts.source
     assert source is not None

@@ -30,7 +30,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark import InheritableThread, SparkConf, SparkContext
 from tqdm import tqdm
 
-from dataprep import append, daemon, ingest, outputs, partition, report, selection, shards
+from dataprep import append, daemon, fetch, ingest, listing, outputs, partition, report, selection, shards
 from dataprep.encode import StageConfig
 from dataprep.outputs import Made
 from dataprep.partition import Recipe
@@ -67,7 +67,7 @@ class SparkOptions:
 class DataprepConfig(Recipe):
     """The whole job."""
 
-    inputs: tuple[str, ...]  # folders with sidecars, WebDataset .tar files, .parquet manifests
+    inputs: tuple[str, ...]  # folders with sidecars, WebDataset .tar files, .parquet manifests; also at s3://, https://, http://
     output: str  # becomes a folder: STAGE/videos, STAGE/images, items.parquet, clips.parquet ...
     select: SelectConfig = dataclasses.field(default_factory=SelectConfig)  # can change without decoding again
     overwrite: bool = False  # replace an output that another config made, or of whose inputs most are gone
@@ -83,8 +83,10 @@ class DataprepConfig(Recipe):
 
     @property
     def recipe(self) -> Recipe:
-        """The part that the workers need."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+        """The part that the workers need. Hosts of ``inputs`` may be asked, wherever they are: the user names them."""
+        own = Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+        hosts = (*self.fetch.private_hosts, *fetch.hosts(self.inputs))
+        return dataclasses.replace(own, fetch=dataclasses.replace(self.fetch, private_hosts=hosts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def run(c: DataprepConfig) -> None:
         made = outputs.describe(output)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.list-", dir=output.parent) as folder:
             job = _list(c, Path(folder, append.LISTING_NAME), revision)
-            if made and made.outcome and _is_complete(made, job, c.select):
+            if made and made.outcome and _is_complete(made, job, c):
                 print(f"dataprep: {job.items} items; complete already, made by this config from these inputs; nothing to do")
                 _report(output, made.outcome)
                 return
@@ -135,10 +137,10 @@ def run(c: DataprepConfig) -> None:
     _report(output, outcome)
 
 
-def _list(c: DataprepConfig, listing: Path, revision: str) -> Job:
-    items = tqdm(ingest.list_items(c.inputs), "list inputs", unit=" items", leave=False, delay=1)
-    count, items_digest = ingest.write_items(items, listing, c.items_per_partition)
-    recipe = _hash([SCHEMA_VERSION, shards.POOL_VERSION, config.to_tree(c.recipe), revision])
+def _list(c: DataprepConfig, path: Path, revision: str) -> Job:
+    items = tqdm(listing.list_items(c.inputs, c.recipe.fetch), "list inputs", unit=" items", leave=False, delay=1)
+    count, items_digest = ingest.write_items(items, path, c.items_per_partition)
+    recipe = _hash([SCHEMA_VERSION, shards.POOL_VERSION, c.recipe.content, revision])
     return Job(count, _hash([recipe, items_digest]), recipe, revision)
 
 
@@ -146,9 +148,14 @@ def _hash(tree: object) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _is_complete(made: Made, job: Job, select: SelectConfig) -> bool:
-    unfinished = made.outcome and made.outcome.reasons.keys() & ingest.TRIED_AGAIN
-    return made.digest == job.digest and made.select == config.to_tree(select) and not unfinished
+def _is_complete(made: Made, job: Job, c: DataprepConfig) -> bool:
+    unfinished = made.outcome and made.outcome.reasons.keys() & _tried_again(made, c)
+    return made.digest == job.digest and made.select == config.to_tree(c.select) and not unfinished
+
+
+def _tried_again(made: Made, c: DataprepConfig) -> set[str]:
+    """The reasons for which a rejected input is prepared once more although it has not changed."""
+    return {fetch.FAILED} | ({fetch.REFUSED} if made.fetch != config.to_tree(c.fetch) else set())
 
 
 def _plan(c: DataprepConfig, job: Job, output: Path, made: Made | None, folder: Path) -> Work:
@@ -157,13 +164,13 @@ def _plan(c: DataprepConfig, job: Job, output: Path, made: Made | None, folder: 
     Raises:
         UserError: the output may not be replaced.
     """
-    listing, todo = folder / append.LISTING_NAME, folder / shards.ITEMS_NAME
+    listed, todo = folder / append.LISTING_NAME, folder / shards.ITEMS_NAME
     decoded = made is not None and made.recipe == job.recipe
     if made and not c.overwrite and not (decoded and made.pool and made.select == config.to_tree(c.select)):
         raise _taken(output, decoded, bool(made.pool))
     base = output / shards.POOL_NAME if made and decoded and made.pool else None
-    if base:
-        plan = append.split(listing, base, todo, c.items_per_partition)
+    if made and base:
+        plan = append.split(listed, base, todo, c.items_per_partition, _tried_again(made, c))
         if plan.replaces_most and not c.overwrite:
             raise UserError(
                 f"output: {plan.gone} of the {plan.gone + plan.same} inputs that {output} was made from are gone or changed; "
@@ -172,13 +179,13 @@ def _plan(c: DataprepConfig, job: Job, output: Path, made: Made | None, folder: 
         new, first = plan.new, append.first_free_part(base)
         told = f"{new} new or changed, {plan.same} as before, {plan.gone} of the earlier ones gone or changed"
     else:
-        listing.rename(todo)
+        listed.rename(todo)
         new, first, told = job.items, 0, "all new"
     parts = range(first, first + -(-new // c.items_per_partition))
     print(f"dataprep: {job.items} items ({told}), {len(parts)} partitions to do -> {output}", flush=True)
     workspace = outputs.workspace_of(output, job.digest, c.items_per_partition, made.pool if made and base else "")
     workspace.mkdir(exist_ok=True)
-    for path in (listing, todo):
+    for path in (listed, todo):
         if path.exists():
             path.replace(workspace / path.name)
     return Work(new, parts, workspace, base)
@@ -233,6 +240,8 @@ def _prepare(c: DataprepConfig, work: Work, missing: list[int]) -> None:
         recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, path=str(Path(recipe.text.path).absolute())))
     threading.Thread(target=report.preload, daemon=True).start()  # while Java starts
     workers = {daemon.TEXT_PATH: recipe.text.path, daemon.MAX_TOKENS: str(recipe.text.max_tokens)}
+    if os.environ.get("S3_ENDPOINT_URL"):
+        workers["S3_ENDPOINT_URL"] = os.environ["S3_ENDPOINT_URL"]
     with _spark_context(c.spark, workers) as spark:
         done, kept, clips = spark.accumulator(0), spark.accumulator(0), spark.accumulator(0)
 

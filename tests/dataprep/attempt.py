@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from dataprep import ingest, limits, partition
+from dataprep import ingest, limits, listing, partition
 from dataprep.clips import ClipConfig
 from dataprep.encode import StageConfig, TextConfig
 from dataprep.filters import FilterConfig, Rejected
@@ -31,7 +31,7 @@ RECIPE = Recipe(
 def main(folder: str, out: str) -> None:
     av.logging.set_level(av.logging.PANIC)
     most = limits.memory_in_use() + RECIPE.filters.max_memory_mb * limits.MEGABYTE
-    for number, item in enumerate(ingest.list_items([folder])):
+    for number, item in enumerate(listing.list_items([folder])):
         print(json.dumps(item.key), flush=True)
         begin, frames, told = time.process_time(), 0, {"reason": item.reason, "detail": item.detail, "caption": ""}
         try:

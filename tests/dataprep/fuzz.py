@@ -17,7 +17,7 @@ from pathlib import Path
 import attempt
 import av
 
-from dataprep import ingest, limits, partition
+from dataprep import ingest, limits, listing, partition
 from dataprep.filters import Rejected
 from model.config import UserError
 
@@ -87,7 +87,7 @@ def prepare_all(folder: Path) -> list[str]:
     most = limits.memory_in_use() + 1024 * limits.MEGABYTE
     found = []
     try:
-        items = list(ingest.list_items([str(folder)]))
+        items = list(listing.list_items([str(folder)]))
     except UserError:  # nothing left there
         return []
     for item in items:

@@ -1,6 +1,5 @@
 """A second run does only what is new or changed, and ends like one that prepared everything at once."""
 
-import json
 import os
 import random
 import shutil
@@ -18,13 +17,15 @@ from dataprep import append, partition
 from dataprep import run as job
 from dataprep.clips import ClipConfig
 from dataprep.encode import StageConfig, TextConfig
+from dataprep.fetch import FetchConfig
 from dataprep.filters import FilterConfig
-from dataprep.ingest import Item
 from dataprep.run import DataprepConfig, Work
 from dataprep.selection import SelectConfig
 from dataprep.shards import ShardConfig
 from model.config import UserError
+from model.data import transfer
 from tests.dataprep.prepared import content, made_by, pool, tables
+from tests.dataprep.servers import web
 
 STAGES = (StageConfig("stage1", 18, 32, "raw"), StageConfig("stage2", 36, 64, "jpeg"))
 
@@ -54,7 +55,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def execute(prepared: list[list[str]], tmp_path: Path, encoder_folder: Path) -> Callable[..., list[str]]:
     """Run a job; returns the keys of what it prepared."""
 
-    def run(output: Path, *inputs: Path, **changes: Any) -> list[str]:
+    def run(output: Path, *inputs: Path | str, **changes: Any) -> list[str]:
         prepared.append([])
         settings: dict[str, Any] = {
             "inputs": tuple(map(str, inputs or (tmp_path / "in",))),
@@ -235,21 +236,41 @@ def test_it_can_be_interrupted_anywhere(tmp_path: Path, inputs: Path, execute: A
     same(output, tmp_path / "fresh")
 
 
-def test_what_could_not_be_fetched_is_tried_again(tmp_path: Path, inputs: Path, execute: Any, monkeypatch: Any) -> None:
+def test_remote_inputs_are_added_changed_and_tried_again(tmp_path: Path, inputs: Path, execute: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(transfer, "BACKOFF_SECONDS", 0.01)
     output = tmp_path / "out"
+    with web() as site:
 
-    def unreachable(item: Item, *rest: Any) -> Any:
-        if item.key in ("image2", "video0"):
-            raise partition.Rejected("fetch failed", "no answer")
-        return prepare(item, *rest)
+        def put(*keys: str) -> None:
+            """A manifest of these."""
+            rows = {"path": [f"{key}.png" for key in keys], "caption": [f"far {key}" for key in keys], "key": list(keys)}
+            table = pa.BufferOutputStream()
+            pq.write_table(pa.table(rows), table)
+            site.files["m.parquet"] = table.getvalue().to_pybytes()
 
-    prepare = partition.prepare
-    with monkeypatch.context() as patch:
-        patch.setattr(partition, "prepare", unreachable)
-        execute(output)
-        assert json.loads((output / "job.json").read_text())["outcome"]["reasons"]["fetch failed"] == 2
-        assert sorted(execute(output)) == ["image2", "video0"]
-    assert sorted(execute(output)) == ["image2", "video0"]
-    assert execute(output) == []
-    execute(tmp_path / "fresh")
-    same(output, tmp_path / "fresh")
+        for n in range(4):
+            site.files[f"far{n}.png"] = (inputs / f"image{n}.png").read_bytes()
+        put("far0", "far1", "far2", "gone")
+        address = site.address("m.parquet")
+        site.faults["far1.png"] = [503] * 3
+        assert sorted(execute(output, inputs, address))[:4] == ["far0", "far1", "far2", "gone"]
+        assert fates(output, "far1", "gone") == ["fetch failed", "fetch refused"]
+        assert execute(output, inputs, address) == ["far1"]
+        assert execute(output, inputs, address) == []
+        site.files["gone.png"] = site.files["far3.png"]
+        assert execute(output, inputs, address) == []  # it was said to be gone
+        assert execute(output, inputs, address, fetch=FetchConfig(attempts=2)) == ["gone"]
+        put("far0", "far2", "gone", "far3")
+        assert execute(output, inputs, address, fetch=FetchConfig(attempts=2)) == ["far3"]
+        execute(tmp_path / "fresh", inputs, address, fetch=FetchConfig(attempts=2))
+        same(output, tmp_path / "fresh")
+        site.faults["m.parquet"] = [503] * 3
+        before = content(output)
+        with pytest.raises(UserError, match="HTTP 503"):
+            execute(output, inputs, address)
+        assert content(output) == before
+
+
+def fates(output: Path, *keys: str) -> list[str]:
+    rows = {row["key"]: row for row in pq.read_table(output / "items.parquet").to_pylist()}
+    return [rows[key]["reason"] for key in keys]

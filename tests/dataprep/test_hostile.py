@@ -16,7 +16,7 @@ import pytest
 from nasties import DAMAGE, FRAMES, HEIGHT, WIDTH, Nasty, scene, video
 from PIL import Image
 
-from dataprep import clips, ingest
+from dataprep import clips, listing, spans
 from dataprep.filters import FilterConfig, Rejected
 from dataprep.geometry import Size
 
@@ -230,7 +230,7 @@ def test_what_can_be_read_of_a_broken_tar_is_right(tmp_path: Path, damage: str, 
     else:  # the next member's header is gone
         at = data.index(b"ustar", at) // 512 * 512
         (tmp_path / "set.tar").write_bytes(data[:at] + b"\xff" * 512 + data[at + 512 :])
-    items = list(ingest.list_items([str(tmp_path)]))
+    items = list(listing.list_items([str(tmp_path)]))
     good = {item.key: item for item in items if not item.reason}
     assert {item.reason for item in items} - {""} <= {"broken tar", "caption without media"}
     assert any(item.reason == "broken tar" for item in items)
@@ -240,7 +240,7 @@ def test_what_can_be_read_of_a_broken_tar_is_right(tmp_path: Path, damage: str, 
             continue
         media = good[key].media
         assert media is not None
-        with ingest.open_span(media) as file, contextlib.suppress(Rejected):  # the last one may be cut
+        with spans.open_span(media) as file, contextlib.suppress(Rejected):  # the last one may be cut
             images, _ = clips.read_image(file, [Size(HEIGHT, WIDTH)], FilterConfig())
             assert psnr(images[0], scene(12)[number]) > 45
 

@@ -10,16 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataprep import ingest
+from dataprep import ingest, listing, spans
 from dataprep.filters import Rejected
-from dataprep.ingest import Item, Span
+from dataprep.ingest import Item
+from dataprep.spans import Span
 from model.config import UserError
 
 Pairs = Callable[[Path, int], list[tuple[str, str]]]
 
 
 def listed(*paths: Path) -> list[Item]:
-    return list(ingest.list_items([str(path) for path in paths]))
+    return list(listing.list_items([str(path) for path in paths]))
 
 
 def accepted(*paths: Path) -> dict[str, str]:
@@ -38,9 +39,17 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(header, io.BytesIO(data))
 
 
+def tar_of(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members.items():
+            add(tar, name, data)
+    return buffer.getvalue()
+
+
 def content(item: Item) -> bytes:
     assert item.media is not None
-    with ingest.open_span(item.media) as file:
+    with spans.open_span(item.media) as file:
         return file.read()
 
 
@@ -174,13 +183,13 @@ def test_a_hostile_path_in_a_manifest_is_its_rows_end_alone(tmp_path: Path) -> N
     for item in items:
         assert item.media is not None
         with pytest.raises(Rejected, match="no such file|not readable"):
-            ingest.open_span(item.media)
+            spans.open_span(item.media)
 
 
 @pytest.mark.parametrize(("span", "reason"), [(Span("/dev/zero"), "not readable"), (Span("/no/such"), "no such file")])
 def test_only_plain_files_are_opened(span: Span, reason: str) -> None:
     with pytest.raises(Rejected) as caught:
-        ingest.open_span(span)
+        spans.open_span(span)
     assert caught.value.reason == reason
 
 
@@ -194,7 +203,7 @@ def test_keys_are_unique_over_all_inputs(tmp_path: Path, write_pairs: Pairs) -> 
 def test_a_window_reads_like_a_file_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(bytes(range(200)))
-    with ingest.open_span(Span(str(path), 50, 100)) as file:
+    with spans.open_span(Span(str(path), 50, 100)) as file:
         assert file.read() == bytes(range(50, 150))
         assert file.read(1) == b""
         assert file.seek(-10, io.SEEK_END) == 90

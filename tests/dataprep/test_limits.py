@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dataprep import ingest, limits, partition, shards
+from dataprep import ingest, limits, listing, partition, shards
 from dataprep.clips import ClipConfig
 from dataprep.encode import StageConfig, TextConfig
 from dataprep.filters import FilterConfig, Rejected
@@ -60,7 +60,7 @@ def test_a_file_that_crashes_the_decoder_ends_one_try_and_is_then_rejected(
 ) -> None:
     """No such file is known; so the decoder of the second one kills the process that runs it."""
     write_pairs(tmp_path / "in", 3)
-    ingest.write_items(ingest.list_items([str(tmp_path / "in")]), tmp_path / shards.ITEMS_NAME, 3)
+    ingest.write_items(listing.list_items([str(tmp_path / "in")]), tmp_path / shards.ITEMS_NAME, 3)
     recipe, whole = dataclasses.replace(RECIPE, text=TextConfig(str(encoder_folder), 8)), partition.prepare
 
     def prepare(item: Item, recipe: Recipe) -> partition.Prepared:
