@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dataprep import geometry
 from dataprep.deinterlace import deinterlaced
-from dataprep.filters import FilterConfig, Rejected
+from dataprep.filters import FilterConfig, Rejected, Unsupported
 from dataprep.geometry import Size
 
 # Demuxers of plain files. Playlists and the like (hls, concat, dash) are out: they would open other files.
@@ -40,6 +40,7 @@ class ClipConfig:
     max_clips_per_video: int = 8
     split_at_cuts: bool = True  # a clip lies in one shot
     deinterlace: bool = True  # else interlaced sources are rejected
+    second_try: bool = True  # by the ffmpeg program: high dynamic range, codecs that PyAV lacks; else these are rejected
 
     def __post_init__(self) -> None:
         if not 0 < self.frame_rate <= 1000:
@@ -79,6 +80,8 @@ class Facts:
     seconds: float = 0.0  # read; up to the end of the last frame
     frames: int = 0  # decoded
     interlaced: int = 0
+    stream: int = 0  # number in the container
+    declared_seconds: float | None = None  # by the headers
 
     @property
     def frame_rate(self) -> float:
@@ -120,18 +123,23 @@ def pick(frames: Iterator[Any], frame_rate: Fraction, filters: FilterConfig, fac
             yield held, due - begin
 
 
-def read_video(file: BinaryIO, sizes: Sequence[Size], clips: ClipConfig, filters: FilterConfig, facts: Facts) -> Iterator[Shown]:
+def read_video(
+    file: BinaryIO, sizes: Sequence[Size], clips: ClipConfig, filters: FilterConfig, facts: Facts, raw: bool = False
+) -> Iterator[Shown]:
     """Decode a video once and yield what a display at the target rate would show, up to ``clips.max_frames`` in all.
 
-    Fills ``facts``. Judges the source as a whole at the end: use nothing of it before the iterator is exhausted.
+    Fills ``facts``. Judges the source as a whole at the end: use nothing of it before the iterator is exhausted. ``raw`` is for
+    what ``second_try`` makes, whose container is open to nothing else.
 
     Raises:
+        Unsupported: before anything was yielded, or midway: the ffmpeg program may do better.
         Rejected: not a video, damaged beyond the limits, or against a filter.
     """
     with contextlib.ExitStack() as stack:
         try:
-            container = stack.enter_context(_opened(file, filters))
-            stream = _video_stream(container)
+            container = stack.enter_context(_opened(file, filters, "nut" if raw else None))
+            stream = _video_stream(container, facts)
+            facts.declared_seconds = _declared_seconds(container, stream) or facts.declared_seconds
             context = stream.codec_context
             filters.check_header(context.height, context.width)
             scaler = geometry.VideoScaler(sizes, Fraction(stream.sample_aspect_ratio or 1), filters)
@@ -155,9 +163,9 @@ def read_video(file: BinaryIO, sizes: Sequence[Size], clips: ClipConfig, filters
                 raise
             raise Rejected("not decodable", "it points outside itself") from error
         facts.source, facts.interlaced = scaler.upright, decoder.interlaced
-        declared = _declared_seconds(container, stream) if count < clips.max_frames else None
-        if declared is not None:
-            declared = max(0.0, declared - DURATION_SLACK)
+        declared = None
+        if facts.declared_seconds is not None and count < clips.max_frames:
+            declared = max(0.0, facts.declared_seconds - DURATION_SLACK)
         if container.format.name == "gif" and count < clips.max_frames and not _has_gif_end(file):
             raise Rejected("truncated", "no end mark, so its last frame may be torn")
         filters.check_damage(decoder.damaged, decoder.packets, decoder.offset + facts.seconds, declared)
@@ -242,16 +250,17 @@ def _first_instant(seconds: Fraction, frame_rate: Fraction) -> int:
     return max(0, math.ceil((seconds - TIMESTAMP_SLACK) * frame_rate))
 
 
-def _opened(file: BinaryIO, filters: FilterConfig) -> Any:
-    options = {"format_whitelist": DEMUXERS, "max_pixels": str(filters.max_pixels)}
-    return av.open(file, "r", options=options, metadata_errors="replace")
+def _opened(file: BinaryIO, filters: FilterConfig, demuxer: str | None) -> Any:
+    options = {"format_whitelist": demuxer or DEMUXERS, "max_pixels": str(filters.max_pixels)}
+    return av.open(file, "r", format=demuxer, options=options, metadata_errors="replace")
 
 
-def _video_stream(container: Any) -> Any:
+def _video_stream(container: Any, facts: Facts) -> Any:
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:  # cover art
+            facts.stream = stream.index
             if stream.codec_context is None:
-                raise Rejected("not decodable", "no decoder for its codec")
+                raise Unsupported("not decodable", "no decoder for its codec")
             return stream
     raise Rejected("no video stream", f"{len(container.streams)} other streams")
 

@@ -12,6 +12,10 @@ class Rejected(Exception):
         self.detail = detail
 
 
+class Unsupported(Rejected):
+    """PyAV's build cannot make the right picture of it; another program may (``dataprep/second_try.py``)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
     """Limits on the sources. Sizes are of the upright picture, in pixels."""

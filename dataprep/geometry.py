@@ -15,13 +15,14 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from PIL import Image, ImageOps
 
-from dataprep.filters import FilterConfig, Rejected
+from dataprep.filters import FilterConfig, Rejected, Unsupported
 
 # Without these swscale trades precision for speed: 36 dB instead of 47 against a bicubic resize in floating point.
 ACCURATE = "accurate_rnd+full_chroma_int+full_chroma_inp"
 HD_HEIGHT = 720  # untagged video of at least this height is BT.709 by convention, smaller video BT.601
 MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}  # AVColorSpace -> name in the scale filter
 FULL_RANGE = 2  # AVColorRange
+HIGH_RANGE = "high dynamic range"
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 WHITE = (255, 255, 255)  # behind transparent images, as on a page
 
@@ -83,9 +84,9 @@ class VideoScaler:
 
     def _build(self, frame: av.VideoFrame) -> None:
         self.filters.check_header(frame.height, frame.width)
-        if frame.color_trc in HDR_TRANSFERS:
-            raise Rejected("high dynamic range", f"{HDR_TRANSFERS[frame.color_trc]} is not tone-mapped")
         turns, swapped = orientation(frame)
+        if frame.color_trc in HDR_TRANSFERS:
+            raise Unsupported(HIGH_RANGE, f"{HDR_TRANSFERS[frame.color_trc]} is not tone-mapped")
         stored = Size(frame.height, max(1, round(frame.width * self.sample_aspect)))
         upright = Size(stored.width, stored.height) if swapped else stored
         if self.upright is None:

@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
-from dataprep import clips, encode, ingest, limits, selection, shards, spans
+from dataprep import clips, encode, ingest, limits, second_try, selection, shards, spans
 from dataprep.clips import ClipConfig, Facts
 from dataprep.encode import Clip, StageConfig, TextConfig
 from dataprep.fetch import FetchConfig
@@ -97,7 +97,7 @@ def prepare(item: Item, recipe: Recipe) -> Prepared:
             images, facts.source = clips.read_image(file, sizes, recipe.filters)
             facts.frames = 1
             return Prepared([encode.pack_image(images, recipe.stages)], facts)
-        shown = clips.read_video(file, sizes, recipe.clips, recipe.filters, facts)
+        shown = second_try.read_video(file, sizes, recipe.clips, recipe.filters, facts)
         packed = encode.pack_clips(shown, recipe.stages, recipe.clips)
     if not packed:
         raise Rejected("shots too short", f"none has {recipe.clips.min_frames} frames at {recipe.clips.frame_rate:g} per second")

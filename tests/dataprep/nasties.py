@@ -8,6 +8,7 @@ import dataclasses
 import io
 import random
 import struct
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterable
 from fractions import Fraction
@@ -16,6 +17,7 @@ from typing import Any
 
 import av
 import cv2
+import imageio_ffmpeg
 import numpy as np
 from av.stream import Disposition
 from PIL import Image
@@ -261,6 +263,58 @@ def over_white(frames: Frames) -> Frames:
 
 def rotated(degrees: int) -> Callable[[Any], None]:
     return lambda stream: stream.set_display_rotation(degrees)
+
+
+# High dynamic range, and a codec that PyAV does not know.
+
+WHITE = 203  # cd/m2 of what standard video shows as white (ITU-R BT.2408)
+TO_2020 = np.linalg.inv([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # from BT.709
+LUMA_2020 = np.array([0.2627, 0.6780, 0.0593])
+
+
+def pq(light: np.ndarray) -> np.ndarray:
+    """cd/m2 -> signal (SMPTE ST 2084)."""
+    power = (light / 10000) ** (2610 / 16384)
+    return ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
+
+
+def hlg(light: np.ndarray) -> np.ndarray:
+    """cd/m2 on a display of 1000 -> signal (ITU-R BT.2100)."""
+    shown = np.maximum(light, 1e-4) / 1000
+    scene_light = shown / ((shown @ LUMA_2020) ** (0.2 / 1.2))[..., None]
+    upper = 0.17883277 * np.log(np.maximum(12 * scene_light - 0.28466892, 1e-9)) + 0.55991073
+    return np.where(scene_light <= 1 / 12, np.sqrt(3 * scene_light), upper)
+
+
+def high_dynamic_range(path: Path, transfer: int = 16) -> None:
+    """The scene as standard video would show it, in the primaries of BT.2020 and 10 bits; ``transfer`` 16 is PQ, 18 HLG."""
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("libx265", rate=24, options={"x265-params": "log-level=none:crf=4", "preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt, context = HEIGHT, WIDTH, "yuv444p10le", stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, 9, 1
+        for number, image in enumerate(scene(24)):
+            light = np.maximum((image / 255.0) ** 2.4 * WHITE @ TO_2020.T, 0)
+            signal = pq(light) if transfer == 16 else hlg(light)
+            luma = signal @ LUMA_2020
+            blue, red = (signal[..., 2] - luma) / 1.8814, (signal[..., 0] - luma) / 1.4746
+            frame = av.VideoFrame(WIDTH, HEIGHT, "yuv444p10le")
+            for plane, levels in zip(frame.planes, (64 + 876 * luma, 512 + 896 * blue, 512 + 896 * red), strict=True):
+                rows = np.zeros((HEIGHT, plane.line_size // 2), np.uint16)
+                rows[:, :WIDTH] = levels.round()
+                plane.update(rows.tobytes())
+            frame.pts, frame.time_base = number, Fraction(1, 24)
+            frame.color_trc, frame.color_primaries, frame.colorspace, frame.color_range = transfer, 9, 9, 1
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+
+def rare_codec(path: Path, parameters: str = "BFrames=0") -> None:
+    """AVS2, which the ffmpeg program writes and reads. Where it reorders frames, the times it writes are wrong."""
+    raw = b"".join(image.tobytes() for image in scene(24))
+    pipe = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", "24", "-i", "pipe:0"]
+    codec = ["-pix_fmt", "yuv420p", "-c:v", "libxavs2", "-qp", "8", "-xavs2-params", parameters]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *pipe, *codec, str(path)]
+    subprocess.run(command, input=raw, check=True, capture_output=True)
 
 
 # Pictures.

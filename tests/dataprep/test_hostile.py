@@ -164,6 +164,11 @@ def odd() -> list[Nasty]:
         Nasty("see-through.png", saved(Image.fromarray(nasties.squares()[0])), SQUARES[:1], psnr=40),
         Nasty("cmyk.jpg", saved(first.convert("CMYK"), quality=98, subsampling=0), whole[:1]),
         Nasty("sixteen.png", nasties.sixteen_bit_rgb, whole[:1], psnr=45),
+        # What the ffmpeg program does.
+        Nasty("pq.mp4", nasties.high_dynamic_range, scene(24), psnr=29),
+        Nasty("hlg.mkv", lambda path: nasties.high_dynamic_range(path, 18), scene(24), psnr=29),
+        Nasty("rare.mkv", nasties.rare_codec, scene(24), psnr=28),
+        Nasty("rare-clock.mkv", lambda path: nasties.rare_codec(path, "BFrames=7"), None, frozenset({"corrupt"})),
         # Moving images: a gif is a video, others show their first picture.
         Nasty("moving.gif", nasties.gif, scene(24), psnr=26),
         Nasty("moving.webp", saved(first, save_all=True, lossless=True, append_images=others), whole[:1]),
