@@ -2,7 +2,7 @@
 
 Times a training step (self-conditioning pass, forward, backward; the optimiser apart) and a sampling step (one evaluation of D,
 no guidance) of both networks on the same batch in the same precision. Rounds interleave the networks and a large matrix product,
-the machine's own peak, so that a slow minute hits all alike; medians are reported. FLOPs are counted (pipelines/dry_run.py).
+the machine's own peak, so that a slow minute hits all alike; medians are reported. FLOPs are counted (model/dry_run.py).
 
 The paper's ratios on an A100 (Table 2): 3.31 in training, 4.49 in inference. Without a GPU: batch 1, float32, all cores; a minute
 and a half a round, since nothing is scaled down.
@@ -31,9 +31,9 @@ from bench.timing import name_of, seconds
 from model import config
 from model.denoiser import Denoiser
 from model.diffusion import edm
+from model.dry_run import Precision, StepCount, count_step
 from model.networks.conditioning import Conditioning
 from model.train import TrainConfig
-from pipelines.dry_run import Precision, StepCount, count_step
 
 YAMLS = Path(__file__).parents[1] / "yamls"
 NETWORKS = {"FIT 500M": YAMLS / "stage1_500m.yaml", "U-Net 284M": YAMLS / "unet_284m.yaml"}

@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import Shard
 from torch.optim import Optimizer
 
 CHUNK = 2**24  # numbers
+CPU_PIECE = 2**18  # numbers
 
 
 def check_rates(lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -47,7 +48,8 @@ class LAMBConfig:
 class LAMB(Optimizer):
     """Layer-wise adaptive moments without bias correction, for plain tensors and DTensors alike.
 
-    Moments and arithmetic are float32 where parameters are of lower precision.
+    Moments and arithmetic are float32 where parameters are of lower precision. A step writes its updates over the gradients, as
+    apex's FusedLAMB does: they must be kept for all parameters until the norms are known, and 4 bytes a parameter are saved.
 
     Attributes:
         trust_ratios: (parameters with a gradient,) of the last step; empty before the first.
@@ -100,13 +102,12 @@ class LAMB(Optimizer):
                 for name in ("exp_avg", "exp_avg_sq"):
                     self.state[p][name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         weights = [local_shard(p) for p in params]
-        chunks = _chunks(weights)
-        updates = [update for chunk in chunks for update in self._updates(params[chunk], weights[chunk], group)]
+        updates = self._updates(params, weights, group)
         weight_norms, update_norms = whole_norms(params, weights, updates)
         ratios = weight_norms.clamp(max=group["max_weight_norm"]) / update_norms
         ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
         scales = list(ratios.unbind())
-        for chunk in chunks:
+        for chunk in _chunks(weights):
             raised = _raised(weights[chunk])
             # In one pass; none of it reads a ratio back to the host.
             torch._foreach_addcmul_(raised, updates[chunk], scales[chunk], value=-float(group["lr"]))
@@ -114,29 +115,41 @@ class LAMB(Optimizer):
                 torch._foreach_copy_(weights[chunk], raised)
         return ratios, float(group["lr"]) * ratios * update_norms
 
-    def _updates(self, params: list[Tensor], weights: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Advance the moments of some parameters; return their updates before the trust ratio."""
-        gradients = _raised([local_shard(p.grad) for p in params if p.grad is not None])
+    def _updates(self, params: list[Tensor], weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Advance the moments; return the updates before the trust ratio, in the gradients' own memory where they are float32."""
+        updates = _raised([local_shard(p.grad) for p in params if p.grad is not None])
         first = [local_shard(self.state[p]["exp_avg"]) for p in params]
         second = [local_shard(self.state[p]["exp_avg_sq"]) for p in params]
         beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        denominators = torch._foreach_sqrt(second)
-        torch._foreach_add_(denominators, group["eps"])
-        updates = torch._foreach_div(first, denominators)
-        if group["weight_decay"]:
-            torch._foreach_add_(updates, _raised(weights), alpha=group["weight_decay"])
+        pieces = [_pieces(*parts) for parts in zip(updates, first, second, weights, strict=True)]
+        gradients, m, v, w = (list(column) for column in zip(*(piece for part in pieces for piece in part), strict=True))
+        for chunk in _chunks(gradients):
+            torch._foreach_lerp_(m[chunk], gradients[chunk], 1 - beta1)
+            torch._foreach_mul_(v[chunk], beta2)
+            torch._foreach_addcmul_(v[chunk], gradients[chunk], gradients[chunk], 1 - beta2)
+            denominators = torch._foreach_sqrt(v[chunk])
+            torch._foreach_add_(denominators, group["eps"])
+            torch._foreach_copy_(gradients[chunk], m[chunk])
+            torch._foreach_div_(gradients[chunk], denominators)
+            if group["weight_decay"]:
+                torch._foreach_add_(gradients[chunk], _raised(w[chunk]), alpha=group["weight_decay"])
         return updates
 
 
-def _chunks(weights: list[Tensor]) -> list[slice]:
+def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of tensors of one shape, piece by piece: on a CPU of a size that its cache holds from one operation to the next."""
+    if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return list(zip(*(tensor.view(-1).split(CPU_PIECE) for tensor in tensors), strict=True))
+
+
+def _chunks(tensors: list[Tensor]) -> list[slice]:
     """Consecutive tensors of about ``CHUNK`` numbers in all: what is needed only in between is held for one chunk at a time."""
     chunks, start, held = [], 0, 0
-    for i, weight in enumerate(weights):
-        held += weight.numel()
-        if held >= CHUNK or i + 1 == len(weights):
+    size = CPU_PIECE if tensors[0].device.type == "cpu" else CHUNK
+    for i, tensor in enumerate(tensors):
+        held += tensor.numel()
+        if held >= size or i + 1 == len(tensors):
             chunks.append(slice(start, i + 1))
             start, held = i + 1, 0
     return chunks

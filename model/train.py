@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import hashlib  # noqa: E402
 import warnings  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
+from dataclasses import dataclass, field, replace  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
 import torch  # noqa: E402
@@ -33,7 +33,20 @@ from composer.utils import dist, get_device, reproducibility  # noqa: E402
 # torch and Composer warn about their own ways.
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated|FSDP2 Config/APIs are experimental")
 
-from model import adapters, checkpoint, command, config, finetuning, optimizers, provenance, registry, resume, sharding, telemetry  # noqa: E402
+from model import (  # noqa: E402
+    adapters,
+    budget,
+    checkpoint,
+    command,
+    config,
+    finetuning,
+    optimizers,
+    provenance,
+    registry,
+    resume,
+    sharding,
+    telemetry,
+)
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
 from model.data import dataset  # noqa: E402
 from model.data.dataset import DataConfig  # noqa: E402
@@ -49,7 +62,7 @@ from model.preemption import Preempted, Preemption  # noqa: E402
 from model.registry import PublishConfig, TrackingConfig  # noqa: E402
 from model.resume import CheckpointConfig, WholeCheckpoints  # noqa: E402
 from model.sharding import ShardingConfig  # noqa: E402
-from model.telemetry import Telemetry, TelemetryConfig  # noqa: E402
+from model.telemetry import PeakMemory, Telemetry, TelemetryConfig  # noqa: E402
 from model.tracking import Tracking  # noqa: E402
 
 
@@ -120,6 +133,7 @@ def train(c: TrainConfig) -> None:
     if dist.get_global_rank() == 0:
         resume.claim(Path(c.folder, c.name))
     dist.barrier()
+    memory = PeakMemory(torch.device(device.name.replace("gpu", "cuda")))
     tracking = Tracking(c.tracking, c.name, Path(c.folder, c.name))
     checkpoints = Path(c.folder, c.name, "checkpoints").absolute()
     found = resume.find_whole(checkpoints)
@@ -144,7 +158,10 @@ def train(c: TrainConfig) -> None:
     denoiser.flops_per_batch = telemetry.flops_per_batch(c.model, c.data.max_tokens, c.finetune)
     ema = EMA(c.ema)
     guard = StepGuard(c.faults, c.clip_norm, ema, Path(c.folder, c.name, "faults"), checkpoints)
-    callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates), ema, ProgressBar(c.name, c.schedule.steps)]
+    precision = c.precision if device.name == "gpu" else "fp32"
+    planned = budget.count(replace(c, precision=precision), dist.get_world_size()).memory.total
+    callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates, memory, planned), ema]
+    callbacks += [ProgressBar(c.name, c.schedule.steps)]
     callbacks += [LRMonitor(), SpeedMonitor(window_size=20)]
     evaluation = Evaluation(c.evaluation, ema, loader, c.data.max_tokens) if c.evaluation else None
     if evaluation:
@@ -163,7 +180,7 @@ def train(c: TrainConfig) -> None:
         parallelism_config=sharding.parallelism(c.sharding),
         max_duration=f"{c.schedule.steps}ba",
         device_train_microbatch_size=c.microbatch or c.global_batch // dist.get_world_size(),
-        precision=c.precision if device.name == "gpu" else "fp32",
+        precision=precision,
         run_name=c.name,
         seed=c.seed,
         load_path=None if found.newest is None else str(found.newest),

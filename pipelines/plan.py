@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from json import dumps
 
 from model import command
+from model.budget import Budget, Computation, Parameters, count
 from model.train import TrainConfig
-from pipelines.budget import Budget, Computation, Parameters, count
 
 FLAGS = (
     command.Flag("gpus", 8, "number of GPUs"),

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +18,11 @@ from mlflow import MlflowClient
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from model import config, telemetry, text
+from model import budget, config, telemetry, text
 from model.finetuning import FinetuneConfig
 from model.lamb import LAMB, LAMBConfig
-from model.telemetry import Telemetry, TelemetryConfig
+from model.telemetry import PeakMemory, Telemetry, TelemetryConfig
 from model.train import TrainConfig
-from pipelines import budget
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +60,8 @@ def test_what_is_logged_of_an_interval() -> None:
         timestamp=SimpleNamespace(batch=0), device=DeviceCPU(), optimizers=[optimizer], batch=packed
     )  # fmt: skip
     guard: Any = SimpleNamespace(gradient_norm=0.25)
-    callback = Telemetry(TelemetryConfig(every=2), guard, (24.0, 24.0, 12.0, 8.0))
+    memory = PeakMemory(torch.device("cpu"))
+    callback = Telemetry(TelemetryConfig(every=2), guard, (24.0, 24.0, 12.0, 8.0), memory, planned=2**28)
     begin = time.perf_counter()
     for step in (1, 2):
         callback.before_dataloader(state, logger)
@@ -82,6 +84,29 @@ def test_what_is_logged_of_an_interval() -> None:
     assert found["optimizer/update_norm"] == pytest.approx(0.1 * 2 * sum(n * n for n in (1, *range(1, 21))) ** 0.5, rel=1e-3)
     assert 0.4 < found["throughput/data_wait_share"] < 0.95
     assert found["throughput/frames_per_sec"] == pytest.approx(100 / (2 * elapsed), rel=0.5)  # 50 frames a batch
+    assert found["memory/peak_gib"] == pytest.approx(memory.take() / 2**30, abs=0.05)
+    assert found["memory/peak_of_plan"] == pytest.approx(4 * found["memory/peak_gib"])
+
+
+def test_memory_is_what_came_on_top() -> None:
+    code = """if True:
+        import torch
+        from model.telemetry import PeakMemory
+        before = torch.ones(2**26)  # a quarter of a GiB, with the imports
+        memory = PeakMemory(torch.device("cpu"))
+        assert memory.take() < 2**25
+        block = torch.ones(2**27)
+        del block
+        assert 2**29 - 2**23 < memory.take() < 2**29 + 2**26
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_plan_is_held_against_what_was_used() -> None:
+    assert telemetry.against_plan(30.0, 40.0, torch.device("cuda")) == (
+        "the first steps used 30.00 GiB of the GPU's memory, the plan says 40.00: -25%"
+    )
+    assert "more than at the start" in telemetry.against_plan(0.5, 0.25, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

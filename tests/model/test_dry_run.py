@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from model.codec import PixelCodecConfig
 from model.denoiser import Denoiser, ModelConfig, UpsamplerConfig
+from model.dry_run import GPUSemantics, Meter, StepCount, count_step, fsdp_units
 from model.networks.fit.config import FITConfig
 from model.networks.unet.config import UNetConfig
-from pipelines.dry_run import GPUSemantics, Meter, StepCount, count_step, fsdp_units
 
 aten = torch.ops.aten
 

@@ -1,14 +1,16 @@
 """What a training run asks of its GPUs, counted before it starts and without allocating the model.
 
-Nothing is derived by hand: the model's own training step runs on meta tensors (pipelines/dry_run.py), for one sample and for the
+Nothing is derived by hand: the model's own training step runs on meta tensors (model/dry_run.py), for one sample and for the
 configured microbatch. docs/plan.md says what each number means and how far it can be trusted.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +20,12 @@ from model import finetuning, optimizers
 from model.config import UserError
 from model.data import batch, dataset
 from model.denoiser import Denoiser
+from model.dry_run import Meter, StepCount, compute_dtype, count_step, fsdp_units
 from model.networks.conditioning import ConditioningTokens
 from model.optimizers import OptimizerConfig
-from model.train import TrainConfig
-from pipelines.dry_run import Meter, StepCount, compute_dtype, count_step, fsdp_units
+
+if TYPE_CHECKING:
+    from model.train import TrainConfig  # which holds its run against the plan
 
 GIB = 2**30
 FLOAT32 = 4  # bytes; of the sharded state, and of FSDP2's gradient reduction
@@ -61,7 +65,7 @@ class Memory:
     moments: int  # twice that: the optimiser's
     average: int  # once for each half-life: the EMA
     state: int  # the four
-    gathered: int  # FSDP2's whole copies in the compute dtype: the root, the block at work, the one fetched ahead
+    gathered: int  # FSDP2's whole copies in the compute dtype: the root, the block at work, the one fetched ahead; or all blocks
     reducing: int  # whole gradients of the root and of the block at work, and the float32 buffer of a reduction
     batch: int  # the step's samples as they come from the loader
     activations: int  # most alive at once in a microbatch's pass, inputs and temporaries too
@@ -138,8 +142,9 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
     microbatch = min(c.microbatch or mix.size, mix.size)
     model = _build(c)
     parameters = _parameters(model)
-    shard = sum(FLOAT32 * _largest_shard(p, gpus) for p in model.parameters())
-    trained = sum(FLOAT32 * _largest_shard(p, gpus) for p in model.parameters() if p.requires_grad)
+    sharing = min(gpus, c.sharding.processes or gpus)  # GPUs that one copy of the weights is spread over
+    shard = sum(FLOAT32 * _largest_shard(p, sharing) for p in model.parameters())
+    trained = sum(FLOAT32 * _largest_shard(p, sharing) for p in model.parameters() if p.requires_grad)
     optimizer = _count_optimizer(model, c.optimizer)
     tokens: dict[str, int] = dict(getattr(c.model.network, "tokens", {}))
     try:
@@ -277,7 +282,8 @@ def _memory(
     microbatch: StepCount,
 ) -> Memory:
     compute = torch.empty(0, dtype=compute_dtype(c.precision)).element_size()
-    gathered = compute * (parameters.root_unit + 2 * parameters.largest_unit)
+    at_once = parameters.root_unit + 2 * parameters.largest_unit if c.sharding.reshard else parameters.total
+    gathered = compute * at_once
     root, largest = parameters.root_unit_trained, parameters.largest_unit_trained
     reducing = compute * (root + largest) + FLOAT32 * max(root, largest)
     moments, temporaries = round(trained * optimizer.state), round(trained * optimizer.temporaries)
