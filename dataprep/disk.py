@@ -1,16 +1,22 @@
-"""Sets and tables that may outgrow memory: SQLite in a nameless temporary file, which is gone with the process.
+"""Sets and tables that may outgrow memory, in nameless temporary files of SQLite; and a disk that is full.
 
-It lies in the folder that SQLITE_TMPDIR or TMPDIR names, else in /var/tmp.
+The files lie in the folder that SQLITE_TMPDIR or TMPDIR names, else in /var/tmp, and are gone with the process.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from model.config import UserError
 
 CACHE_KIB = 32 << 10  # of a table, held in memory
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 HELD = 1 << 16  # names that are sorted in memory
 
 
@@ -59,3 +65,20 @@ class DiskSet:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=12).digest()
+
+
+@contextlib.contextmanager
+def told_when_full(output: Path) -> Iterator[None]:
+    """A full disk in one line.
+
+    Raises:
+        UserError: in place of the error that says so.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        full = error.errno in NO_SPACE if isinstance(error, OSError) else "full" in str(error)
+        if not full:
+            raise
+        where = f"{output.parent}, or for temporary files in {tempfile.gettempdir()}"
+        raise UserError(f"no space left for {where} ({error}); make room and run again to go on") from error

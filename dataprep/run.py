@@ -30,7 +30,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark import InheritableThread, SparkConf, SparkContext
 from tqdm import tqdm
 
-from dataprep import append, daemon, fetch, ingest, listing, outputs, partition, report, selection, shards
+from dataprep import append, daemon, disk, fetch, ingest, listing, outputs, partition, report, selection, shards
 from dataprep.encode import StageConfig
 from dataprep.outputs import Made
 from dataprep.partition import Recipe
@@ -117,7 +117,7 @@ def run(c: DataprepConfig) -> None:
     """
     output = Path(c.output).absolute()
     revision = _text_revision(c.text.path)
-    with outputs.locked(output):
+    with outputs.locked(output), disk.told_when_full(output):
         outputs.recover(output)
         made = outputs.describe(output)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.list-", dir=output.parent) as folder:
@@ -192,7 +192,7 @@ def _plan(c: DataprepConfig, job: Job, output: Path, made: Made | None, folder: 
 
 
 def _prepare_missing(c: DataprepConfig, work: Work) -> None:
-    shutil.rmtree(work.workspace / "attempts", ignore_errors=True)  # of tasks that died with an earlier run
+    shards.drop_attempts(work.workspace)
     missing = shards.missing_parts(work.workspace, work.parts)
     if len(missing) < len(work.parts):
         print(f"dataprep: goes on with {len(work.parts) - len(missing)} of {len(work.parts)} partitions done before", flush=True)

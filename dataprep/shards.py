@@ -222,6 +222,18 @@ def missing_parts(workspace: Path, parts: range) -> list[int]:
     return [part for part in parts if not (workspace / "parts" / part_name(part) / PART_NAME).is_file()]
 
 
+def drop_attempts(workspace: Path) -> None:
+    """Remove what tasks of an earlier run have left.
+
+    Some may still be at it: first everything is moved away, so that none can commit what is being removed around it.
+    """
+    doomed = workspace / f"doomed-{uuid.uuid4().hex}"
+    with contextlib.suppress(FileNotFoundError):
+        (workspace / "attempts").rename(doomed)
+    for folder in workspace.glob("doomed-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def gather(workspace: Path, parts: range, progress: Callable[[], object]) -> None:
     """Put the committed parts together in ``finished/pool``, calling ``progress`` for each. Can be interrupted and repeated."""
     pool = workspace / "finished" / POOL_NAME

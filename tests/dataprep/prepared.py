@@ -54,8 +54,17 @@ def tables(output: Path) -> tuple[list[dict[str, Any]], ...]:
 
 
 def made_by(output: Path) -> dict[str, Any]:
-    """job.json, but for the work folder."""
-    return {name: value for name, value in json.loads((output / "job.json").read_text()).items() if name != "workspace"}
+    """job.json, but for the work folder, and how it was asked for."""
+    job = json.loads((output / "job.json").read_text())
+    return {name: value for name, value in job.items() if name not in ("workspace", "config")}
+
+
+def same(one: Path, other: Path) -> None:
+    """Both hold the same samples, made by the same, and the same accounts in the same order."""
+    assert content(one) == content(other)
+    assert pool(one) == pool(other)
+    assert tables(one) == tables(other)
+    assert made_by(one) == made_by(other)
 
 
 def _bytes(row: dict[str, Any]) -> bytes:

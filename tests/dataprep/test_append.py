@@ -24,7 +24,7 @@ from dataprep.selection import SelectConfig
 from dataprep.shards import ShardConfig
 from model.config import UserError
 from model.data import transfer
-from tests.dataprep.prepared import content, made_by, pool, tables
+from tests.dataprep.prepared import content, same, tables
 from tests.dataprep.servers import web
 
 STAGES = (StageConfig("stage1", 18, 32, "raw"), StageConfig("stage2", 36, 64, "jpeg"))
@@ -80,13 +80,6 @@ def picture(path: Path, seed: int, caption: str) -> None:
     squares = np.random.default_rng(seed).integers(30, 255, (6, 8), dtype=np.uint8)
     Image.fromarray(squares).convert("RGB").resize((64, 36), Image.Resampling.NEAREST).save(path)
     path.with_suffix(".txt").write_text(caption)
-
-
-def same(one: Path, other: Path) -> None:
-    assert content(one) == content(other)
-    assert pool(one) == pool(other)
-    assert tables(one) == tables(other)
-    assert made_by(one) | {"config": 0} == made_by(other) | {"config": 0}
 
 
 @pytest.fixture
