@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dataprep import geometry
+from dataprep.bars import NO_BARS, BarFinder, Bars
 from dataprep.deinterlace import deinterlaced
 from dataprep.filters import FilterConfig, Rejected, Unsupported
 from dataprep.geometry import Size
@@ -39,6 +40,7 @@ class ClipConfig:
     min_frames: int  # shorter clips are dropped, shorter sources rejected
     max_clips_per_video: int = 8
     split_at_cuts: bool = True  # a clip lies in one shot
+    crop_bars: bool = True  # black bars at both ends of a side, through all of the video, are cut off
     deinterlace: bool = True  # else interlaced sources are rejected
     second_try: bool = True  # by the ffmpeg program: high dynamic range, codecs that PyAV lacks; else these are rejected
 
@@ -76,12 +78,14 @@ class Timed(Protocol):
 class Facts:
     """What was learnt of a source while reading it."""
 
-    source: Size | None = None  # upright
+    source: Size | None = None  # upright, without bars
     seconds: float = 0.0  # read; up to the end of the last frame
     frames: int = 0  # decoded
     interlaced: int = 0
     stream: int = 0  # number in the container
     declared_seconds: float | None = None  # by the headers
+    cropped: Bars = NO_BARS  # cut off
+    bars: Bars = NO_BARS  # that there are, as the whole of the video shows
 
     @property
     def frame_rate(self) -> float:
@@ -124,12 +128,19 @@ def pick(frames: Iterator[Any], frame_rate: Fraction, filters: FilterConfig, fac
 
 
 def read_video(
-    file: BinaryIO, sizes: Sequence[Size], clips: ClipConfig, filters: FilterConfig, facts: Facts, raw: bool = False
+    file: BinaryIO,
+    sizes: Sequence[Size],
+    clips: ClipConfig,
+    filters: FilterConfig,
+    facts: Facts,
+    bars: Bars | None = None,
+    raw: bool = False,
 ) -> Iterator[Shown]:
     """Decode a video once and yield what a display at the target rate would show, up to ``clips.max_frames`` in all.
 
-    Fills ``facts``. Judges the source as a whole at the end: use nothing of it before the iterator is exhausted. ``raw`` is for
-    what ``second_try`` makes, whose container is open to nothing else.
+    Black bars are cut off as the first second shows them, or as ``bars`` says. Fills ``facts``. Judges the source as a whole at
+    the end: use nothing of it before the iterator is exhausted. ``raw`` is for what ``second_try`` makes, whose container is open
+    to nothing else.
 
     Raises:
         Unsupported: before anything was yielded, or midway: the ffmpeg program may do better.
@@ -148,7 +159,11 @@ def read_video(
             decoder = _Decoder(container, stream, filters)
             rate, count = Fraction(str(clips.frame_rate)), 0
             frames = deinterlaced(iter(decoder)) if clips.deinterlace else iter(decoder)
-            for frame, repeats in pick(frames, rate, filters, facts):
+            finder = BarFinder(clips.frame_rate)
+            picked = pick(frames, rate, filters, facts)
+            for frame, repeats in finder.watch(picked) if clips.crop_bars else picked:
+                if not count:
+                    scaler.bars = facts.cropped = finder.found() if bars is None else bars
                 repeats = min(repeats, clips.max_frames - count)
                 yield Shown(scaler(frame), repeats)
                 count += repeats
@@ -162,7 +177,7 @@ def read_video(
             if error.errno != errno.EINVAL:  # the disk's, not the file's: it asked for bytes before its beginning
                 raise
             raise Rejected("not decodable", "it points outside itself") from error
-        facts.source, facts.interlaced = scaler.upright, decoder.interlaced
+        facts.source, facts.interlaced, facts.bars = scaler.upright, decoder.interlaced, finder.found()
         declared = None
         if facts.declared_seconds is not None and count < clips.max_frames:
             declared = max(0.0, facts.declared_seconds - DURATION_SLACK)

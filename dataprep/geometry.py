@@ -15,6 +15,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from PIL import Image, ImageOps
 
+from dataprep.bars import NO_BARS
 from dataprep.filters import FilterConfig, Rejected, Unsupported
 
 # Without these swscale trades precision for speed: 36 dB instead of 47 against a bicubic resize in floating point.
@@ -66,7 +67,8 @@ class VideoScaler:
         self.sizes = tuple(sizes)
         self.sample_aspect = sample_aspect
         self.filters = filters
-        self.upright: Size | None = None  # of the first frame: square pixels, rotation applied
+        self.bars = NO_BARS  # to be cut off frames of their size
+        self.upright: Size | None = None  # of the first frame: without bars, square pixels, rotation applied
         self._layout: tuple[object, ...] | None = None
 
     def __call__(self, frame: av.VideoFrame) -> list[np.ndarray]:
@@ -87,7 +89,10 @@ class VideoScaler:
         turns, swapped = orientation(frame)
         if frame.color_trc in HDR_TRANSFERS:
             raise Unsupported(HIGH_RANGE, f"{HDR_TRANSFERS[frame.color_trc]} is not tone-mapped")
-        stored = Size(frame.height, max(1, round(frame.width * self.sample_aspect)))
+        left = Size(frame.height, frame.width)
+        if self.bars and (self.bars.height, self.bars.width) == (frame.height, frame.width):
+            left = Size(frame.height - 2 * self.bars.vertical, frame.width - 2 * self.bars.horizontal)
+        stored = Size(left.height, max(1, round(left.width * self.sample_aspect)))
         upright = Size(stored.width, stored.height) if swapped else stored
         if self.upright is None:
             self.upright = upright
@@ -108,9 +113,10 @@ class VideoScaler:
             scaling = [*see_through, ("scale", scale)]
         else:  # planar RGB: every later step works on three full planes and none converts colours again
             scaling = [("scale", f"{scale}{_colour(frame)}"), ("format", "gbrp")]
+        cut = [("crop", f"{left.width}:{left.height}")] if left != Size(frame.height, frame.width) else []  # centred
         chain = [
             self._source,
-            *(graph.add(*step) for step in scaling),
+            *(graph.add(*step) for step in [*cut, *scaling]),
             *(graph.add(*turn) for turn in turns),
             graph.add("crop", f"{largest.width}:{largest.height}:{fit.left}:{fit.top}:exact=1"),
             graph.add("split", str(len(self.sizes))),

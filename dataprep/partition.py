@@ -5,12 +5,13 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
 
 from dataprep import clips, disk, encode, ingest, limits, second_try, selection, shards, spans
+from dataprep.bars import Bars
 from dataprep.clips import ClipConfig, Facts
 from dataprep.encode import Clip, StageConfig, TextConfig
 from dataprep.fetch import FetchConfig
@@ -87,15 +88,17 @@ def prepare(item: Item, recipe: Recipe) -> Prepared:
     Raises:
         Rejected: it cannot or shall not be used.
     """
-    sizes = [stage.size for stage in recipe.stages]
     facts = Facts()
     with spans.open_span(item.media, recipe.fetch) as file:  # type: ignore[arg-type]
         if item.kind == "image":
-            images, facts.source = clips.read_image(file, sizes, recipe.filters)
+            images, facts.source = clips.read_image(file, [stage.size for stage in recipe.stages], recipe.filters)
             facts.frames = 1
             return Prepared([encode.pack_image(images, recipe.stages)], facts)
-        shown = second_try.read_video(file, sizes, recipe.clips, recipe.filters, facts)
-        packed = encode.pack_clips(shown, recipe.stages, recipe.clips)
+        packed = _clips(file, recipe, facts, None)
+        if facts.cropped.differ(facts.bars):  # the first second showed other black bars than the whole
+            bars, facts = facts.bars, Facts()
+            file.seek(0)
+            packed = _clips(file, recipe, facts, bars)
     if not packed:
         raise Rejected("shots too short", f"none has {recipe.clips.min_frames} frames at {recipe.clips.frame_rate:g} per second")
     return Prepared(packed, facts)
@@ -120,6 +123,12 @@ def prepare_guarded(item: Item, recipe: Recipe, most_memory: int, careful: bool)
     if prepared is None:
         raise Rejected("too much memory", f"more than filters.max_memory_mb={recipe.filters.max_memory_mb}")
     return prepared
+
+
+def _clips(file: BinaryIO, recipe: Recipe, facts: Facts, bars: Bars | None) -> list[Clip]:
+    sizes = [stage.size for stage in recipe.stages]
+    shown = second_try.read_video(file, sizes, recipe.clips, recipe.filters, facts, bars)
+    return encode.pack_clips(shown, recipe.stages, recipe.clips)
 
 
 def _caption(item: Item, settings: FetchConfig) -> str | Rejected:

@@ -19,6 +19,7 @@ import ffmpeg
 import imageio_ffmpeg
 
 from dataprep import clips
+from dataprep.bars import Bars
 from dataprep.clips import ClipConfig, Facts, Shown
 from dataprep.filters import FilterConfig, Rejected, Unsupported
 from dataprep.geometry import HIGH_RANGE, Size
@@ -33,7 +34,14 @@ CPU_SECONDS = 900  # of the program, for one file
 DAMAGE = ("corrupt decoded frame", "Error submitting packet to decoder", "Non-monotonic DTS")  # in its warnings, once for each
 
 
-def read_video(file: BinaryIO, sizes: Sequence[Size], config: ClipConfig, filters: FilterConfig, facts: Facts) -> Iterator[Shown]:
+def read_video(
+    file: BinaryIO,
+    sizes: Sequence[Size],
+    config: ClipConfig,
+    filters: FilterConfig,
+    facts: Facts,
+    bars: Bars | None = None,
+) -> Iterator[Shown]:
     """``clips.read_video``, and ffmpeg for what it does not support, if ``config.second_try``.
 
     Raises:
@@ -41,7 +49,7 @@ def read_video(file: BinaryIO, sizes: Sequence[Size], config: ClipConfig, filter
     """
     begun = False
     try:
-        for shown in clips.read_video(file, sizes, config, filters, facts):
+        for shown in clips.read_video(file, sizes, config, filters, facts, bars):
             begun = True
             yield shown
         return
@@ -51,7 +59,7 @@ def read_video(file: BinaryIO, sizes: Sequence[Size], config: ClipConfig, filter
         tone_map = found.reason == HIGH_RANGE
         facts.frames, facts.seconds = 0, 0.0
     with _converted(file, facts.stream, tone_map, config, filters) as frames:
-        yield from clips.read_video(cast(BinaryIO, frames), sizes, config, filters, facts, raw=True)
+        yield from clips.read_video(cast(BinaryIO, frames), sizes, config, filters, facts, bars, raw=True)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from dataprep.scores import Scores
 from dataprep.selection import SelectConfig, fault
 
 STAGES = (StageConfig("small", 36, 64, "raw"), StageConfig("large", 144, 256, "raw"))
-CONFIG = ClipConfig(frame_rate=24, clip_frames=48, min_frames=24)
+CONFIG = ClipConfig(frame_rate=24, clip_frames=48, min_frames=24, crop_bars=False)
 Picture = Callable[[int], np.ndarray]
 
 
