@@ -4,11 +4,12 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from mlflow import MlflowClient, artifacts
 from mlflow.entities.model_registry import ModelVersion
@@ -184,6 +185,53 @@ def fetch(uri: str, tracking_uri: str) -> Path:
         return Path(artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking_uri))
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(f"{uri}: {first_line(error)} (MLflow at {tracking_uri})") from error
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version."""
+
+    name: str  # of the model
+    number: str
+    aliases: tuple[str, ...]
+
+    @property
+    def uri(self) -> str:
+        """It, whatever becomes of its aliases."""
+        return f"models:/{self.name}/{self.number}"
+
+
+def versions(tracking_uri: str) -> list[Version]:
+    """All registered versions, by name, of each the newest first. Makes no store.
+
+    Raises:
+        UserError: no store there.
+    """
+    if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).is_file():
+        raise UserError(f"no MLflow store at {tracking_uri}")
+    found = []
+    try:
+        client = MlflowClient(tracking_uri)
+        for model in _pages(client.search_registered_models):
+            named: dict[str, list[str]] = {}
+            for alias, number in model.aliases.items():
+                named.setdefault(str(number), []).append(alias)
+            numbers = [str(one.version) for one in _pages(partial(client.search_model_versions, f"name='{model.name}'"))]
+            numbers.sort(key=int, reverse=True)
+            found += [Version(model.name, number, tuple(sorted(named.get(number, ())))) for number in numbers]
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise UserError(f"MLflow at {tracking_uri}: {first_line(error)}") from error
+    return sorted(found, key=lambda version: version.name)
+
+
+def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def first_line(error: BaseException) -> str:

@@ -9,10 +9,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 # Composer's launcher puts pipelines/ first on the path, where a file of ours could shadow a library.
@@ -74,10 +75,8 @@ def sample(c: SampleConfig) -> None:
     if world > 1:
         # They share nothing but the end, which may be days apart.
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    cascade = Cascade(c.cascade, c.device or _device())
-    origins = {name: asdict(s.origin) for name, s in (("stage1", cascade.stage1), ("stage2", cascade.stage2)) if s is not None}
-    settings = {**config.to_tree(c.cascade), "given": [[str(at), _digest(image.tobytes())] for at, image in given.items()]}
-    told = {"models": origins, "settings": settings}
+    cascade = Cascade(c.cascade, c.device or default_device())
+    told = made_by(cascade, c.cascade, given)
     Path(c.output).mkdir(parents=True, exist_ok=True)
     mine = [clip for clip in clips[rank::world] if not _is_made(clip, told)]
     if rank == 0 and len(mine) < len(clips[rank::world]):
@@ -141,7 +140,8 @@ def _pictures(path: str) -> list[Image.Image]:
         raise UserError(f"given: {path}: not a readable picture: {error}") from error
 
 
-def _device() -> str:
+def default_device() -> str:
+    """A GPU if there is one: of several processes, each its own."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
@@ -149,14 +149,24 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _provenance(clip: Clip, told: dict[str, Any]) -> str:
-    return json.dumps({"generated_by": "snapvideo", "prompt": clip.prompt, "seed": clip.seed, **told}, sort_keys=True)
+def made_by(cascade: Cascade, settings: CascadeConfig, given: Mapping[int, Image.Image] = MappingProxyType({})) -> dict[str, Any]:
+    """What decides a clip besides its prompt and its seed: the models' origins and all settings, as plain values."""
+    stages = {"stage1": cascade.stage1, "stage2": cascade.stage2}
+    origins = {name: asdict(stage.origin) for name, stage in stages.items() if stage is not None}
+    pictures = [[str(at), _digest(image.tobytes())] for at, image in given.items()]
+    return {"models": origins, "settings": {**config.to_tree(settings), "given": pictures}}
+
+
+def tags(prompt: str, seed: int, told: dict[str, Any]) -> dict[str, str]:
+    """What a clip's file says of itself; ``told`` is what ``made_by`` returns."""
+    comment = json.dumps({"generated_by": "snapvideo", "prompt": prompt, "seed": seed, **told}, sort_keys=True)
+    return {"title": prompt, "comment": comment}
 
 
 def _is_made(clip: Clip, told: dict[str, Any]) -> bool:
     """Whether the clip is there, made of this prompt by these models with these settings."""
     try:
-        made = media.read_tags(clip.path).get("comment") == _provenance(clip, told)
+        made = media.read_tags(clip.path).get("comment") == tags(clip.prompt, clip.seed, told)["comment"]
     except UserError:
         return False
     return made and clip.path.with_suffix(".gif").is_file()
@@ -165,8 +175,8 @@ def _is_made(clip: Clip, told: dict[str, Any]) -> bool:
 def _write(clip: Clip, frames: torch.Tensor, frame_rate: float, told: dict[str, Any]) -> None:
     try:
         media.write_gif(clip.path.with_suffix(".gif"), frames, frame_rate)
-        tags = {"title": clip.prompt, "comment": _provenance(clip, told)}
-        media.write_mp4(clip.path, frames, frame_rate, tags)  # last: it says that the clip is there
+        # Last: it says that the clip is there.
+        media.write_mp4(clip.path, frames, frame_rate, tags(clip.prompt, clip.seed, told))
     except (OSError, av.FFmpegError) as error:
         raise RunError(f"{clip.path}: {error.strerror or error}; the clips before it are whole") from error
 

@@ -78,6 +78,27 @@ def test_publish_alias_fetch(tracking: TrackingConfig, run_id: str, tmp_path: Pa
     assert (registry.fetch("models:/snap-stage1@newest", tracking.uri) / "model.safetensors").read_text() == "one"
 
 
+def test_all_versions_are_listed_with_their_aliases(tmp_path: Path) -> None:
+    own = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", "tests", str(tmp_path / "artifacts"))
+    with pytest.raises(UserError, match="no MLflow store at"):
+        registry.versions(own.uri)
+    assert not (tmp_path / "mlflow.db").exists()
+    client, experiment = MlflowClient(own.uri), registry.ensure_experiment(own)
+    assert registry.versions(own.uri) == []
+    for name in ("second", *["first"] * 11):
+        run = client.create_run(experiment).info.run_id
+        registry.publish(artefact(tmp_path / run, name), own, PublishConfig(name, "newest"), run, {"run": run})
+    client.set_registered_model_alias("first", "best", "2")
+    client.set_registered_model_alias("first", "paper", "2")
+    found = registry.versions(own.uri)
+    assert [(version.name, version.number) for version in found] == [
+        *[("first", str(n)) for n in range(11, 0, -1)],
+        ("second", "1"),
+    ]
+    assert [version.aliases for version in found] == [("newest",), *[()] * 8, ("best", "paper"), (), ("newest",)]
+    assert (registry.fetch(found[9].uri, own.uri) / "model.safetensors").read_text() == "first"
+
+
 def test_another_run_publishes_its_own_version(tracking: TrackingConfig, tmp_path: Path) -> None:
     client, config = MlflowClient(tracking.uri), PublishConfig("twice", "newest")
     experiment = registry.ensure_experiment(tracking)
