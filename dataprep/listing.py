@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep import disk, fetch
+from dataprep import captions, disk, fetch
 from dataprep.disk import DiskSet
 from dataprep.fetch import FetchConfig
 from dataprep.filters import Rejected
@@ -28,6 +28,9 @@ from model.config import UserError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+BATCH = 256  # rows of a manifest in memory; one can be a megabyte
+MAX_CAPTION = 4 * captions.MAX_CHARACTERS  # characters, before it is normalised
+MAX_NAME = 8192  # characters of a path, an address or a key
 INPUT_KINDS = "a folder, a WebDataset .tar or a .parquet manifest"
 REMOTE_KINDS = f"{fetch.PUBLIC_KINDS}, and behind it a WebDataset .tar, a .parquet manifest or, at s3://, a folder"
 
@@ -250,10 +253,11 @@ def _from_manifest(path: Path, source: str, base: Path | str) -> Iterator[Item]:
 
 def _rows(path: Path, source: str, base: Path | str) -> Iterator[Item]:
     """Columns ``path``, ``caption`` and, if there, ``key``."""
-    with pq.ParquetFile(path) as file:
-        columns = [name for name in ("path", "caption", "key") if name in file.schema_arrow.names]
+    columns = sorted({"path", "caption", "key"} & set(pq.read_schema(path).names))
+    # As dictionaries: a caption of a megabyte that all rows share is there once, as it is in the file.
+    with pq.ParquetFile(path, read_dictionary=columns) as file:
         number = 0
-        for batch in file.iter_batches(batch_size=4096, columns=columns):
+        for batch in file.iter_batches(batch_size=BATCH, columns=columns):
             for row in batch.to_pylist():
                 yield _row(row, f"{source}::row {number}", base)
                 number += 1
@@ -261,6 +265,8 @@ def _rows(path: Path, source: str, base: Path | str) -> Iterator[Item]:
 
 def _row(row: dict[str, str | None], source: str, base: Path | str) -> Item:
     path, key = row["path"], row.get("key")
+    if max(len(path or ""), len(key or "")) > MAX_NAME:
+        return _unusable(source, source, "name too long", f"a path or key of more than {MAX_NAME} characters")
     if not path:
         return _unusable(key or source, source, "path missing")
     if isinstance(base, Path) and not fetch.is_remote(path):
@@ -276,10 +282,12 @@ def _row(row: dict[str, str | None], source: str, base: Path | str) -> Item:
             return _unusable(key or path, source, fetch.REFUSED, f"{path}: {error}")
         span = Span(address)
         shown = fetch.shown(address)
-    kind = _kind(Path(name).suffix)
+    kind, caption = _kind(Path(name).suffix), row["caption"] or ""
+    if len(caption) > MAX_CAPTION:
+        return _unusable(key or path, source, "caption too long", f"{len(caption)} characters")
     if not kind:
         return _unusable(key or path, source, "not a video or image", f"suffix '{Path(name).suffix}'")
-    return Item(key or str(Path(name).with_suffix("")), kind, shown, span, caption_text=row["caption"] or "")
+    return Item(key or str(Path(name).with_suffix("")), kind, shown, span, caption_text=caption)
 
 
 @contextlib.contextmanager

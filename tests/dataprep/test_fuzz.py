@@ -20,7 +20,7 @@ MUTANTS, PORTION = 10_000, 500
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of valid files, a few kilobytes each."""
+    """A folder of valid files, most of them of a few kilobytes."""
     folder, frames = tmp_path_factory.mktemp("valid"), scene(14, 48, 64)
     small = {"crf": "28", "preset": "veryfast", "g": "6"}
     video(folder / "a.mp4", frames, pix_fmt="yuv420p", options=small)
@@ -33,6 +33,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     video(folder / "h.mpg", frames, "mpeg2video", "yuv420p", rate=25, options={"qmax": "10"})
     video(folder / "i.wmv", frames, "wmv2", "yuv420p", options={"qmax": "10"})
     video(folder / "j.flv", frames, "flv", "yuv420p", options={"qmax": "10"})
+    nasties.interlaced(folder / "s.mp4", True)
+    nasties.high_dynamic_range(folder / "t.mp4")
     still = Image.fromarray(frames[0])
     still.save(folder / "k.gif", save_all=True, append_images=[Image.fromarray(image) for image in frames[1:]], duration=40)
     exif = Image.Exif()

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataprep import ingest, listing, spans
+from dataprep import ingest, limits, listing, spans
 from dataprep.filters import Rejected
 from dataprep.ingest import Item
 from dataprep.spans import Span
@@ -173,6 +174,30 @@ def test_a_manifest_whose_captions_are_no_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"path": ["a.mp4"], "caption": captions}), tmp_path / "m.parquet")
     (tmp_path / "good.mp4").write_bytes(b"video")
     assert rejected(tmp_path) == {str(tmp_path / "m.parquet"): "broken manifest"}
+
+
+def test_a_small_manifest_of_long_texts_takes_little_memory(tmp_path: Path) -> None:
+    """20,000 rows share a caption of a megabyte: in the file it is there once."""
+    rows = pa.array([0] * 20_000, pa.int32())
+    captions = pa.DictionaryArray.from_arrays(rows, pa.array(["a very long caption " * 50_000]))
+    paths = pa.array([f"{n}.mp4" for n in range(len(rows))])
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"path": paths, "caption": captions}), path, store_schema=False)
+    assert path.stat().st_size < 1_000_000
+    (tmp_path / "good.mp4").write_bytes(b"video")
+    with limits.memory(limits.memory_in_use() + 1024 * limits.MEGABYTE):
+        reasons = Counter(item.reason for item in listing.list_items([str(tmp_path)]))
+    assert reasons == {"caption too long": 20_000, "": 1}
+
+
+@pytest.mark.parametrize("column", ["path", "key"])
+def test_a_name_may_not_be_a_megabyte(tmp_path: Path, column: str) -> None:
+    table = {"path": ["a.mp4", "b.mp4"], "caption": ["a", "b"], "key": ["a", "b"]}
+    table[column][1] = "x" * 1_000_000 + ".mp4"
+    pq.write_table(pa.table(table), tmp_path / "m.parquet")
+    (item, refused) = listed(tmp_path / "m.parquet")
+    assert (item.key, item.reason) == ("a", "")
+    assert (refused.reason, len(refused.key) < 1000) == ("name too long", True)
 
 
 def test_a_hostile_path_in_a_manifest_is_its_rows_end_alone(tmp_path: Path) -> None:
