@@ -10,13 +10,11 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dataprep import disk, ingest, shards
 from dataprep.disk import DiskSet
@@ -24,7 +22,6 @@ from dataprep.ingest import Item
 from dataprep.shards import PoolIndex, ShardConfig
 
 LISTING_NAME = "listing.parquet"  # in the work folder: all inputs; items.parquet then has those to be prepared
-BATCH = 1 << 14  # rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +43,10 @@ def split(listing: Path, pool: Path, todo: Path, items_per_group: int, again: Se
     counts = {"same": 0, "new": 0}
     with contextlib.closing(DiskSet()) as known, contextlib.closing(DiskSet()) as met:
         rows = 0
-        for batch in _batches(pool / shards.ITEMS_NAME, ["fingerprint", "reason"]):
-            for row in batch:
-                if row["reason"] not in again:
-                    rows += 1
-                    known.add(row["fingerprint"])
+        for row in shards.rows_of(pool / shards.ITEMS_NAME, ["fingerprint", "reason"]):
+            if row["reason"] not in again:
+                rows += 1
+                known.add(row["fingerprint"])
 
         def missing() -> Iterator[Item]:
             for item in ingest.read_items(listing):
@@ -117,16 +113,15 @@ class _Tables:
             the parts with clips that were not taken.
         """
         stale: set[int] = set()
-        clips = (row for batch in _batches(folder / shards.CLIPS_NAME) for row in batch)
-        for batch in _batches(folder / shards.ITEMS_NAME):
-            for account in batch:
-                own = [next(clips) for _ in range(account["clips"])]
-                if any(clip["item"] != account["key"] for clip in own):
-                    raise RuntimeError(f"{folder}: the clips are not in the order of the items, at {account['key']}")
-                number = self._take(account)
-                if number is None:
-                    stale |= {clip["part"] for clip in own}
-                    continue
+        clips = shards.rows_of(folder / shards.CLIPS_NAME)
+        for account in shards.rows_of(folder / shards.ITEMS_NAME):
+            own = [next(clips) for _ in range(account["clips"])]
+            if any(clip["item"] != account["key"] for clip in own):
+                raise RuntimeError(f"{folder}: the clips are not in the order of the items, at {account['key']}")
+            number = self._take(account)
+            if number is None:
+                stale |= {clip["part"] for clip in own}
+            else:
                 self._database.executemany(
                     "INSERT INTO clips VALUES (?, ?, ?, ?, ?, ?, ?)",
                     [(number, n, c["kind"], c["aside"], c["part"], c["position"], json.dumps(c)) for n, c in enumerate(own)],
@@ -169,10 +164,13 @@ class _Tables:
         if listed != found:
             raise RuntimeError(f"{listed} items in the list, but {found} accounts")
         accounts = self._database.execute("SELECT row FROM accounts ORDER BY number")
-        _write(folder / shards.ITEMS_NAME, (json.loads(row) for (row,) in accounts), shards.ACCOUNT_SCHEMA)
+        with shards.TableWriter(folder / shards.ITEMS_NAME, shards.ACCOUNT_SCHEMA) as writer:
+            for (row,) in accounts:
+                writer.add(json.loads(row))
         clips = self._database.execute("SELECT row, part, position FROM clips ORDER BY number, clip")
-        placed = ({**json.loads(row), "part": part, "position": position} for row, part, position in clips)
-        _write(folder / shards.CLIPS_NAME, placed, shards.CLIP_SCHEMA)
+        with shards.TableWriter(folder / shards.CLIPS_NAME, shards.CLIP_SCHEMA) as writer:
+            for row, part, position in clips:
+                writer.add({**json.loads(row), "part": part, "position": position})
 
     def close(self) -> None:
         self._database.close()
@@ -209,20 +207,3 @@ def _part_of(name: str) -> int:
     if not found:
         raise RuntimeError(f"no shard of ours: {name}")
     return int(found[1])
-
-
-def _batches(path: Path, columns: list[str] | None = None) -> Iterator[list[dict[str, Any]]]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH, columns=columns):
-            yield batch.to_pylist()
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
-    with pq.ParquetWriter(path, schema) as writer:
-        group: list[dict[str, Any]] = []
-        for row in rows:
-            group.append(row)
-            if len(group) == BATCH:
-                writer.write_table(pa.Table.from_pylist(group, schema))
-                group = []
-        writer.write_table(pa.Table.from_pylist(group, schema))

@@ -1,6 +1,6 @@
-"""Sets and tables that may outgrow memory, in nameless temporary files of SQLite; and a disk that is full.
+"""Sets, tables and arrays that may outgrow memory, in nameless temporary files; and a disk that is full.
 
-The files lie in the folder that SQLITE_TMPDIR or TMPDIR names, else in /var/tmp, and are gone with the process.
+The files lie in the folder that TMPDIR names (SQLite's, SQLITE_TMPDIR), and are gone with the process.
 """
 
 import contextlib
@@ -13,9 +13,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from model.config import UserError
 
-CACHE_KIB = 32 << 10  # of a table, held in memory
+CACHE_KIB = 16 << 10  # of a table, held in memory
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 HELD = 1 << 16  # names that are sorted in memory
 
@@ -43,6 +45,16 @@ def in_order(names: Iterable[str]) -> Iterator[str]:
         del first
         for (name,) in database.execute("SELECT name FROM names ORDER BY name"):
             yield os.fsdecode(name)
+
+
+def array(length: int, dtype: type, fill: int = 0) -> np.ndarray:
+    """(length,) numbers in a nameless temporary file, which the system keeps in memory only as long as it has room."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(max(1, length) * np.dtype(dtype).itemsize)
+        found = np.memmap(file, dtype, "r+", shape=(max(1, length),))[:length].view(np.ndarray)
+    for begin in range(0, length if fill else 0, HELD):
+        found[begin : begin + HELD] = fill
+    return found
 
 
 class DiskSet:

@@ -16,6 +16,8 @@ from dataprep.fetch import FetchConfig
 from dataprep.filters import Rejected
 from dataprep.spans import Span, open_span
 
+ROWS = 1 << 12  # of a row group of the list: with one for each partition, its footer would outgrow memory
+GROUP, GROUPS = b"items_per_group", b"groups_per_row_group"  # in its metadata
 CAPTION_SUFFIXES = (".txt", ".json")  # where both are present the first one counts
 
 
@@ -67,38 +69,42 @@ def read_caption(item: Item, config: FetchConfig = fetch.DEFAULTS) -> str:
 
 def fingerprint(item: Item) -> str:
     """Equal for two listings of an input that has not changed: same names, same captions in manifests, same versions of files."""
-    return hashlib.blake2b(repr(dataclasses.astuple(item)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr(item).encode(), digest_size=16).hexdigest()
 
 
 def write_items(items: Iterable[Item], path: Path, items_per_group: int) -> tuple[int, str]:
-    """Write a parquet file with ``items_per_group`` items in each row group. Returns the number of items and a hash of them."""
+    """Write a parquet file, for ``read_group`` in groups of so many items. Returns the number of items and a hash of them."""
     digest, count, group = hashlib.sha256(), 0, []
-    with pq.ParquetWriter(path, ITEM_SCHEMA) as writer:
+    rows = items_per_group * max(1, ROWS // items_per_group)
+    schema = ITEM_SCHEMA.with_metadata({GROUP: str(items_per_group), GROUPS: str(rows // items_per_group)})
+    with pq.ParquetWriter(path, schema) as writer:
         for item in items:
-            group.append(dataclasses.asdict(item))
+            group.append({**vars(item), "media": item.media and vars(item.media), "caption": item.caption and vars(item.caption)})
             digest.update(fingerprint(item).encode())
             count += 1
-            if len(group) == items_per_group:
-                writer.write_table(pa.Table.from_pylist(group, ITEM_SCHEMA))
+            if len(group) == rows:
+                writer.write_table(pa.Table.from_pylist(group, schema))
                 group = []
         if group:
-            writer.write_table(pa.Table.from_pylist(group, ITEM_SCHEMA))
+            writer.write_table(pa.Table.from_pylist(group, schema))
     return count, digest.hexdigest()
 
 
 def read_group(path: str | Path, group: int) -> list[Item]:
-    """The items of one row group of a file by ``write_items``."""
+    """The items of one group of a file by ``write_items``."""
     with pq.ParquetFile(path) as file:
-        return _read_group(file, group)
+        size, groups = (int(file.schema_arrow.metadata[name]) for name in (GROUP, GROUPS))
+        rows = file.read_row_group(group // groups).slice(group % groups * size, size)
+    return _items(rows)
 
 
 def read_items(path: str | Path) -> Iterator[Item]:
-    """All items of a file by ``write_items``, a row group in memory."""
+    """All items of a file by ``write_items``; some thousands at a time are in memory."""
     with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            yield from _read_group(file, group)
+        for number in range(file.num_row_groups):
+            yield from _items(file.read_row_group(number))
 
 
-def _read_group(file: pq.ParquetFile, group: int) -> list[Item]:
-    rows = file.read_row_group(group).to_pylist()
+def _items(table: pa.Table) -> list[Item]:
+    rows = table.to_pylist()
     return [Item(**{**row, **{name: Span(**row[name]) if row[name] else None for name in ("media", "caption")}}) for row in rows]

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dataprep import shards
+from dataprep import disk, shards
 from dataprep.selection import SelectConfig
 from model import command
 from model.config import UserError
@@ -114,15 +113,15 @@ def write(output: Path, seed: int = 0, title: str = "") -> Path:
         job = json.loads((output / shards.JOB_NAME).read_text(encoding="utf-8"))
         stages, frame_rate = job["config"]["stages"], job["config"]["clips"]["frame_rate"]
         select, outcome = SelectConfig(**job["select"]), shards.Outcome(**job["outcome"])
-        clips, items = pq.read_table(output / shards.CLIPS_NAME), pq.read_table(output / shards.ITEMS_NAME)
+        numbers = _read(output, frame_rate)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(f"{output} is not a finished output of dataprep: {type(error).__name__}: {error}") from error
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
     html = page.render(
         title=f"Data set {title or output.name}",
-        tables=_tables(outcome, clips, frame_rate),
-        histograms=_uri(_histograms(items, clips, frame_rate, select), "png"),
-        sheets=_sheets(output / shards.POOL_NAME, clips, stages, seed),
+        tables=_tables(outcome, numbers.kept_seconds),
+        histograms=_uri(_histograms(numbers, select), "png"),
+        sheets=_sheets(output, outcome, stages, seed),
     )
     path = output / REPORT_NAME
     partial = path.with_name(f".{REPORT_NAME}.partial")
@@ -131,13 +130,65 @@ def write(output: Path, seed: int = 0, title: str = "") -> Path:
     return path
 
 
-def _tables(outcome: shards.Outcome, clips: pa.Table, frame_rate: float) -> list[Table]:
+class _Column:
+    """Numbers of clips or items, kept and filtered ones apart; on disk, since there may be many."""
+
+    def __init__(self, most: int) -> None:
+        self._values, self._kept, self._length = disk.array(most, np.float64), disk.array(most, np.bool_), 0
+
+    def add(self, value: float, kept: bool) -> None:
+        self._values[self._length], self._kept[self._length] = value, kept
+        self._length += 1
+
+    def histogram(self, ends: tuple[float, float] | None) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Edges of the bins, and the number of kept and of filtered values in each."""
+        values = self._values[: self._length]
+        edges = np.histogram_bin_edges(values, bins=30, range=ends)
+        counts = [np.zeros(len(edges) - 1, np.int64) for _ in COLOURS]
+        for begin in range(0, self._length, shards.BATCH):
+            chunk, kept = values[begin : begin + shards.BATCH], self._kept[begin : begin + shards.BATCH][: self._length - begin]
+            for count, mask in zip(counts, (kept, ~kept), strict=True):
+                count += np.histogram(chunk[mask], bins=edges)[0]
+        return edges, counts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """What the page shows of all clips and items."""
+
+    columns: dict[str, _Column]
+    kept_seconds: float  # of video
+
+
+def _read(output: Path, frame_rate: float) -> _Numbers:
+    items, clips = output / shards.ITEMS_NAME, output / shards.CLIPS_NAME
+    count = {path: pq.read_metadata(path).num_rows for path in (items, clips)}
+    of_items = {name: _Column(count[items]) for name in ("source seconds", "source rate")}
+    of_clips = {name: _Column(count[clips]) for name in ("seconds", "words", "motion", "sharpness", "brightness", "bars")}
+    kept_frames = 0
+    for row in shards.rows_of(items, ["kind", "fate", "seconds", "frame_rate"]):
+        if row["kind"] == "video" and row["fate"] != "rejected":
+            of_items["source seconds"].add(row["seconds"], row["fate"] == "kept")
+            of_items["source rate"].add(row["frame_rate"], row["fate"] == "kept")
+    for row in shards.rows_of(clips):
+        kept = row["fate"] == "kept"
+        if row["kind"] == "video":
+            kept_frames += kept * row["frames"]
+            of_clips["seconds"].add(row["frames"] / frame_rate, kept)
+            of_clips["motion"].add(np.log10(max(row["motion"], MOTION_FLOOR)), kept)
+        of_clips["words"].add(len(row["caption"].split()), kept)
+        of_clips["sharpness"].add(row["sharpness"], kept)
+        of_clips["brightness"].add(row["brightness"], kept)
+        bars = max(min(row["bar_top"], row["bar_bottom"]), min(row["bar_left"], row["bar_right"]))
+        of_clips["bars"].add(2 * bars, kept)
+    return _Numbers({**of_items, **of_clips}, kept_frames / frame_rate)
+
+
+def _tables(outcome: shards.Outcome, kept_seconds: float) -> list[Table]:
     def share(count: int, total: int) -> str:
         return f"{100 * count / total:.1f} %" if total else ""
 
     inputs = outcome.kept + outcome.filtered + outcome.rejected
-    kept = clips.filter(pc.and_(pc.equal(clips["fate"], "kept"), pc.equal(clips["kind"], "video")))
-    hours = (pc.sum(kept["frames"]).as_py() or 0) / frame_rate / 3600
     total = outcome.clips_kept + outcome.clips_filtered
     return [
         Table(
@@ -152,7 +203,7 @@ def _tables(outcome: shards.Outcome, clips: pa.Table, frame_rate: float) -> list
             [
                 ("kept", f"{outcome.clips_kept:,}", share(outcome.clips_kept, total)),
                 ("filtered", f"{outcome.clips_filtered:,}", share(outcome.clips_filtered, total)),
-                ("kept video", f"{hours:,.2f} h", ""),
+                ("kept video", f"{kept_seconds / 3600:,.2f} h", ""),
             ],
         ),
         Table("Samples", [(name, f"{count:,}", "") for name, count in sorted(outcome.samples.items())]),
@@ -165,40 +216,28 @@ def _ranked(reasons: dict[str, int], total: int) -> list[tuple[str, str, str]]:
     return [(name, f"{count:,}", f"{100 * count / total:.1f} %") for name, count in Counter(reasons).most_common()]
 
 
-def _histograms(items: pa.Table, clips: pa.Table, frame_rate: float, select: SelectConfig) -> bytes:
+def _histograms(numbers: _Numbers, select: SelectConfig) -> bytes:
     """A PNG of eight panels, kept and filtered clips stacked, thresholds as lines."""
     from matplotlib.figure import Figure  # half a second to import
 
-    decoded = items.filter(pc.and_(pc.equal(items["kind"], "video"), pc.not_equal(items["fate"], "rejected")))
-    videos = clips.filter(pc.equal(clips["kind"], "video"))
-
-    def column(table: pa.Table, name: str) -> np.ndarray:
-        return table[name].to_numpy().astype(np.float64)
-
-    def letterbox(table: pa.Table) -> np.ndarray:
-        top, bottom, left, right = (column(table, f"bar_{side}") for side in ("top", "bottom", "left", "right"))
-        return 2 * np.maximum(np.minimum(top, bottom), np.minimum(left, right))
-
-    words = np.array([len(caption.as_py().split()) for caption in clips["caption"]], np.float64)
-    motion = np.log10(np.maximum(column(videos, "motion"), MOTION_FLOOR))
     least = float(np.log10(max(select.min_motion, MOTION_FLOOR)))
-    panels: list[tuple[str, pa.Table, np.ndarray, tuple[float, float] | None, float | None]] = [
-        ("seconds of a source", decoded, column(decoded, "seconds"), None, None),
-        ("frames per second of a source", decoded, column(decoded, "frame_rate"), None, None),
-        ("seconds of a clip", videos, column(videos, "frames") / frame_rate, None, None),
-        ("words of a caption", clips, words, None, None),
-        ("motion, power of ten", videos, motion, (float(np.log10(MOTION_FLOOR)), 0), least),
-        ("sharpness", clips, column(clips, "sharpness"), (0, 1), select.min_sharpness),
-        ("brightness", clips, column(clips, "brightness"), (0, 1), select.min_brightness),
-        ("black bars", clips, letterbox(clips), (0, 1), select.max_letterbox),
+    panels: list[tuple[str, str, tuple[float, float] | None, float | None]] = [
+        ("seconds of a source", "source seconds", None, None),
+        ("frames per second of a source", "source rate", None, None),
+        ("seconds of a clip", "seconds", None, None),
+        ("words of a caption", "words", None, None),
+        ("motion, power of ten", "motion", (float(np.log10(MOTION_FLOOR)), 0), least),
+        ("sharpness", "sharpness", (0, 1), select.min_sharpness),
+        ("brightness", "brightness", (0, 1), select.min_brightness),
+        ("black bars", "bars", (0, 1), select.max_letterbox),
     ]
     figure = Figure(figsize=(12.4, 5.4), dpi=100, layout="constrained")
-    for axes, (name, table, values, ends, limit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
-        fates = table["fate"].to_numpy(zero_copy_only=False)
-        groups = [values[fates == fate] for fate in COLOURS]
+    for axes, (name, column, ends, limit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
+        edges, counts = numbers.columns[column].histogram(ends)
         axes.hist(
-            groups,
-            bins=np.histogram_bin_edges(values, bins=30, range=ends),
+            [edges[:-1]] * len(counts),
+            bins=edges,
+            weights=counts,
             stacked=True,
             color=list(COLOURS.values()),
             label=list(COLOURS),
@@ -215,24 +254,31 @@ def _histograms(items: pa.Table, clips: pa.Table, frame_rate: float, select: Sel
     return buffer.getvalue()
 
 
-def _sheets(pool: Path, clips: pa.Table, stages: list[dict[str, Any]], seed: int) -> list[Sheet]:
+def _sheets(output: Path, outcome: shards.Outcome, stages: list[dict[str, Any]], seed: int) -> list[Sheet]:
     """Drawn anew for another seed; the same for the same."""
+    pool = output / shards.POOL_NAME
     if not (pool / shards.SHARDS_NAME).is_file():
         return []
     stage = max(stages, key=lambda stage: stage["height"] * stage["width"])
-    datasets = json.loads((pool / shards.SHARDS_NAME).read_text())["datasets"]
+    datasets = shards.PoolIndex.read(pool).datasets
     rng = np.random.default_rng(seed)
-    fates = clips["fate"].to_numpy(zero_copy_only=False)
-    reasons = clips["reason"].to_numpy(zero_copy_only=False)
+    counts = {"": outcome.clips_kept, **dict(sorted(outcome.clip_reasons.items()))}  # reason -> clips; empty: kept
+    drawn = {
+        reason: set(rng.choice(count, size=min(EXAMPLES if reason else SHEET_CLIPS, count), replace=False).tolist())
+        for reason, count in counts.items()
+        if count
+    }
+    met: Counter[str] = Counter()
+    chosen: dict[str, list[dict[str, Any]]] = {reason: [] for reason in drawn}
+    for row in shards.rows_of(output / shards.CLIPS_NAME):
+        if met[row["reason"]] in drawn[row["reason"]]:
+            chosen[row["reason"]].append(row)
+        met[row["reason"]] += 1
     sheets = []
-    wanted = [("Kept", fates == "kept", SHEET_CLIPS)]
-    wanted += [(f"Filtered: {reason}", reasons == reason, EXAMPLES) for reason in sorted(set(reasons) - {""})]
-    for name, mask, most in wanted:
-        candidates = np.flatnonzero(mask)
-        if len(candidates):
-            drawn = np.sort(rng.choice(candidates, size=min(most, len(candidates)), replace=False))
-            cells = [_cell(pool, datasets, stage, row) for row in clips.take(pa.array(drawn)).to_pylist()]
-            sheets.append(Sheet(f"{name} ({len(cells)} of {len(candidates):,})", cells))
+    for reason, rows in chosen.items():
+        name = f"Filtered: {reason}" if reason else "Kept"
+        cells = [_cell(pool, datasets, stage, row) for row in rows]
+        sheets.append(Sheet(f"{name} ({len(cells)} of {counts[reason]:,})", cells))
     return sheets
 
 

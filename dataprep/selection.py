@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep import shards
+from dataprep import disk, shards
 from dataprep.duplicates import MAX_DISTANCE, near_duplicates
 from dataprep.encode import StageConfig
 from dataprep.scores import Scores
@@ -32,7 +32,10 @@ from model.data.schema import Kind, Manifest
 INDEX_VERSION = 2  # of the MDS format
 KINDS: tuple[Kind, ...] = ("videos", "images")
 PICKED = "-picked"  # ends the name of a folder with shards copied clip by clip
-BATCH = 1 << 16  # rows
+BATCH = 1 << 12  # rows
+JUDGED_SCHEMA = pa.schema([*shards.CLIP_SCHEMA, *(pa.field(name, pa.string()) for name in ("fate", "reason", "detail"))])
+KEPT = {"fate": "kept", "reason": "", "detail": ""}
+SCORES = [field.name for field in dataclasses.fields(Scores)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,123 +100,180 @@ def select(
     for path in finished.iterdir():  # of an interrupted run
         if path != pool:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    rows = pq.read_table(pool / shards.CLIPS_NAME)
-    faults = _judge(rows, select_config)
-    kept = np.array([fault is None for fault in faults], bool)
-    _write_clips(rows, faults, finished)
-    outcome = _write_items(rows, faults, finished)
+    pool_index = shards.PoolIndex.read(pool)
+    wanted = _Wanted(pool_index)
+    outcome = _judge(finished, select_config, wanted)
     if not outcome.kept:
         reasons = Counter(outcome.reasons) + Counter(outcome.clip_reasons)
         told = ", ".join(f"{reason} ({count})" for reason, count in sorted(reasons.items()))
         inputs = outcome.filtered + outcome.rejected
         raise UserError(f"nothing was kept of {inputs} inputs: {told}; {finished / shards.REJECTS_NAME} has the details")
 
-    pool_index = shards.PoolIndex.read(pool)
-    wanted = _wanted(rows, kept)
     samples: dict[str, int] = {}
     for stage in stages:
         for kind in KINDS:
             dataset = f"{stage.name}/{kind}"
             index = _pick(finished, dataset, pool_index.series(dataset), wanted, shard_config)
+            found = sum(shard["samples"] for shard in index)
+            if found != wanted.counts[kind]:
+                raise RuntimeError(f"{dataset}: {found} samples of {wanted.counts[kind]} clips")
             if index:
-                samples[dataset] = sum(shard["samples"] for shard in index)
-                manifest(kind, stage, samples[dataset], pool_index.text_width).write(finished / dataset)
+                samples[dataset] = found
+                manifest(kind, stage, found, pool_index.text_width).write(finished / dataset)
                 (finished / dataset / "index.json").write_text(
                     json.dumps({"version": INDEX_VERSION, "shards": index}, sort_keys=True)
                 )
     outcome = dataclasses.replace(outcome, samples=samples)
-    _check(outcome, rows, kept, stages)
     tree = {**job, "select": config.to_tree(select_config), "outcome": dataclasses.asdict(outcome)}
     (finished / shards.JOB_NAME).write_text(json.dumps(tree, indent=2) + "\n")
     return outcome
 
 
-def _judge(rows: pa.Table, select_config: SelectConfig) -> list[Fault | None]:
-    """What is wrong with each clip. Duplicates are looked for among those that pass everything else."""
-    names = [field.name for field in dataclasses.fields(Scores)]
-    faults: list[Fault | None] = []
-    for batch in rows.select(["kind", *names]).to_batches(max_chunksize=BATCH):
-        for row in batch.to_pylist():
-            faults.append(fault(row.pop("kind"), Scores(**row), select_config))
-    if select_config.duplicate_bits is None:
-        return faults
-    kinds, keys = rows["kind"].to_numpy(zero_copy_only=False), rows["key"]
-    hashes = rows["phash"].to_numpy()
-    sources = rows["item"].combine_chunks().dictionary_encode().indices.to_numpy() if len(rows) else np.zeros(0, np.int32)
-    for kind in ("video", "image"):  # a video is not the duplicate of its cover picture
-        chosen = np.array([n for n, found in enumerate(faults) if found is None and kinds[n] == kind], np.int64)
-        originals = near_duplicates(hashes[chosen], sources[chosen], select_config.duplicate_bits)
-        for n in np.flatnonzero(originals >= 0):
-            first = int(chosen[originals[n]])
-            bits = int(np.bitwise_count(hashes[chosen[n]] ^ hashes[first]))
-            faults[int(chosen[n])] = Fault("near duplicate", f"of {keys[first].as_py()}, {bits} bits apart")
-    return faults
+class _Wanted:
+    """Which samples of the series of shards are selected."""
+
+    def __init__(self, index: shards.PoolIndex) -> None:
+        self._places: dict[tuple[str, str], tuple[int, int]] = {}  # (kind, series) -> where in the array, how many
+        self.counts: Counter[str] = Counter()
+        total = 0
+        for dataset in index.datasets:
+            kind = dataset.rpartition("/")[2]
+            for series, found in index.series(dataset).items():
+                if (kind, series) not in self._places:  # the same in each stage
+                    samples = sum(shard["samples"] for shard in found)
+                    self._places[kind, series] = (total, samples)
+                    total += samples
+        self._selected = disk.array(total, np.bool_)
+
+    def add(self, clip: dict[str, Any]) -> None:
+        """Select a clip (a row of ``clips.parquet``)."""
+        kind = f"{clip['kind']}s"
+        begin, samples = self._places[kind, shards.series_name(clip["part"], clip["aside"])]
+        if not 0 <= clip["position"] < samples:
+            raise RuntimeError(f"{clip['key']}: no sample {clip['position']} in its shards")
+        self._selected[begin + clip["position"]] = True
+        self.counts[kind] += 1
+
+    def positions(self, kind: str, series: str) -> np.ndarray:
+        """The selected ones of a series, ascending."""
+        begin, samples = self._places[kind, series]
+        return np.flatnonzero(self._selected[begin : begin + samples])
 
 
-def _write_clips(rows: pa.Table, faults: list[Fault | None], finished: Path) -> None:
-    fates = pa.array(["filtered" if found else "kept" for found in faults], pa.string())
-    reasons = pa.array([found.reason if found else "" for found in faults], pa.string())
-    details = pa.array([found.detail if found else "" for found in faults], pa.string())
-    table = rows.append_column("fate", fates).append_column("reason", reasons).append_column("detail", details)
-    pq.write_table(table, finished / shards.CLIPS_NAME)
+def _judge(finished: Path, select_config: SelectConfig, wanted: _Wanted) -> Outcome:
+    """Write what becomes of each item and each clip, and select clips; the number of samples is not known yet.
 
-
-def _write_items(rows: pa.Table, faults: list[Fault | None], finished: Path) -> Outcome:
-    """Write what became of each item; the number of samples is not known yet."""
-    items = rows["item"].to_pylist()
-    kept = Counter(item for item, found in zip(items, faults, strict=True) if found is None)
-    first_fault: dict[str, Fault] = {}
-    for item, found in zip(items, faults, strict=True):
-        if found is not None:
-            first_fault.setdefault(item, found)
-    fates, reasons = Counter[str](), Counter[str]()
-    path = finished / shards.POOL_NAME / shards.ITEMS_NAME
+    The clips of the pool come in the order of its items, so both tables are gone through side by side, twice: for the thresholds,
+    and when it is known which clips are near duplicates."""
+    pool = finished / shards.POOL_NAME
+    duplicates = _duplicates(pool / shards.CLIPS_NAME, select_config)
+    fates, reasons, clip_reasons, clips_kept = Counter[str](), Counter[str](), Counter[str](), 0
+    clip_rows = enumerate(shards.rows_of(pool / shards.CLIPS_NAME))
     with (
-        pq.ParquetFile(path) as source,
-        pq.ParquetWriter(finished / shards.ITEMS_NAME, shards.ACCOUNT_SCHEMA) as all_items,
-        pq.ParquetWriter(finished / shards.REJECTS_NAME, shards.ACCOUNT_SCHEMA) as rejects,
+        shards.TableWriter(finished / shards.ITEMS_NAME, shards.ACCOUNT_SCHEMA) as items,
+        shards.TableWriter(finished / shards.REJECTS_NAME, shards.ACCOUNT_SCHEMA) as rejects,
+        shards.TableWriter(finished / shards.CLIPS_NAME, JUDGED_SCHEMA) as clips,
     ):
-        for batch in source.iter_batches(batch_size=BATCH):
-            judged = []
-            for row in batch.to_pylist():
-                if row["fate"] == "kept":
-                    row["clips_kept"] = kept[row["key"]]
-                    if not row["clips_kept"]:
-                        found = first_fault[row["key"]]
-                        row |= {"fate": "filtered", "reason": found.reason, "detail": found.detail}
+        for account in shards.rows_of(pool / shards.ITEMS_NAME):
+            first: Fault | None = None
+            for _ in range(account["clips"]):
+                number, clip = next(clip_rows)
+                if clip["item"] != account["key"]:
+                    raise RuntimeError(f"the clips are not in the order of the items, at {account['key']}")
+                found = (duplicates and duplicates.fault(number, clip)) or _fault(clip, select_config)
+                if found is None:
+                    wanted.add(clip)
+                    account["clips_kept"] += 1
                 else:
-                    reasons[row["reason"]] += 1
-                fates[row["fate"]] += 1
-                judged.append(row)
-            all_items.write_table(pa.Table.from_pylist(judged, shards.ACCOUNT_SCHEMA))
-            lost = [row for row in judged if row["fate"] != "kept"]
-            rejects.write_table(pa.Table.from_pylist(lost, shards.ACCOUNT_SCHEMA))
-    clip_reasons = Counter(found.reason for found in faults if found is not None)
-    return Outcome(fates["kept"], fates["filtered"], fates["rejected"], dict(reasons), sum(kept.values()), dict(clip_reasons), {})
+                    first = first or found
+                    clip_reasons[found.reason] += 1
+                told = {"fate": "filtered", "reason": found.reason, "detail": found.detail} if found else KEPT
+                clips.add({**clip, **told})
+            clips_kept += account["clips_kept"]
+            if account["fate"] != "kept":
+                reasons[account["reason"]] += 1
+            elif first is not None and not account["clips_kept"]:
+                account |= {"fate": "filtered", "reason": first.reason, "detail": first.detail}
+            fates[account["fate"]] += 1
+            items.add(account)
+            if account["fate"] != "kept":
+                rejects.add(account)
+    if next(clip_rows, None):
+        raise RuntimeError("there are clips of no item")
+    return Outcome(fates["kept"], fates["filtered"], fates["rejected"], dict(reasons), clips_kept, dict(clip_reasons), {})
 
 
-def _wanted(rows: pa.Table, kept: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-    """(kind, folder of a series) -> the positions in it that are selected, ascending."""
-    found: dict[tuple[str, str], list[int]] = {}
-    columns = [rows[name].to_pylist() for name in ("kind", "part", "aside", "position")]
-    for kind, part, aside, position, wanted in zip(*columns, kept.tolist(), strict=True):
-        if wanted:
-            found.setdefault((f"{kind}s", shards.series_name(part, aside)), []).append(position)
-    return {series: np.array(positions) for series, positions in found.items()}
+class _Duplicates:
+    """The clips that are near duplicates of earlier ones. Asked for in order, each can name its original."""
+
+    def __init__(self, hashes: np.ndarray, originals: np.ndarray) -> None:
+        self._hashes, self._originals = hashes, originals
+        self._is_named = disk.array(len(originals), np.bool_)
+        for begin in range(0, len(originals), BATCH):
+            found = originals[begin : begin + BATCH]
+            self._is_named[found[found >= 0]] = True
+        self._keys = disk.connect()
+        self._keys.execute("CREATE TABLE keys (number INTEGER PRIMARY KEY, key TEXT)")
+
+    def fault(self, number: int, clip: dict[str, Any]) -> Fault | None:
+        if self._is_named[number]:
+            self._keys.execute("INSERT INTO keys VALUES (?, ?)", (number, clip["key"]))
+        original = int(self._originals[number])
+        if original < 0:
+            return None
+        ((key,),) = self._keys.execute("SELECT key FROM keys WHERE number = ?", (original,))
+        bits = int(np.bitwise_count(self._hashes[number] ^ self._hashes[original]))
+        return Fault("near duplicate", f"of {key}, {bits} bits apart")
+
+
+def _duplicates(clips: Path, select_config: SelectConfig) -> _Duplicates | None:
+    """Near duplicates among the clips that pass everything else; a video is not the duplicate of its cover picture. None: not
+    looked for."""
+    if select_config.duplicate_bits is None:
+        return None
+    with pq.ParquetFile(clips) as file:
+        count = file.metadata.num_rows
+    hashes, originals = disk.array(count, np.uint64), disk.array(count, np.int64, fill=-1)
+    sources, passed = disk.array(count, np.int64), disk.array(count, np.int8)
+    source, item = 0, None
+    for number, clip in enumerate(shards.rows_of(clips)):
+        source, item = source + (clip["item"] != item), clip["item"]
+        hashes[number], sources[number] = clip["phash"], source
+        if _fault(clip, select_config) is None:
+            passed[number] = 1 + KINDS.index(f"{clip['kind']}s")
+    for kind in range(len(KINDS)):
+        places, chosen = disk.array(count, np.int64), 0
+        for begin in range(0, count, BATCH):
+            found = begin + np.flatnonzero(passed[begin : begin + BATCH] == 1 + kind)
+            places[chosen : chosen + len(found)] = found
+            chosen += len(found)
+        own, whose = disk.array(chosen, np.uint64), disk.array(chosen, np.int64)
+        for begin in range(0, chosen, BATCH):
+            part = slice(begin, min(chosen, begin + BATCH))
+            own[part], whose[part] = hashes[places[part]], sources[places[part]]
+        near = near_duplicates(own, whose, select_config.duplicate_bits)
+        for begin in range(0, chosen, BATCH):
+            found = begin + np.flatnonzero(near[begin : begin + BATCH] >= 0)
+            originals[places[found]] = places[near[found]]
+    return _Duplicates(hashes, originals)
+
+
+def _fault(clip: dict[str, Any], select_config: SelectConfig) -> Fault | None:
+    return fault(clip["kind"], Scores(**{name: clip[name] for name in SCORES}), select_config)
 
 
 def _pick(
     finished: Path,
     dataset: str,
     pool_series: dict[str, list[dict[str, Any]]],
-    wanted: dict[tuple[str, str], np.ndarray],
+    wanted: _Wanted,
     shard_config: ShardConfig,
 ) -> list[dict[str, Any]]:
     """Fill the folder of ``dataset`` with the selected samples, and return its index."""
     source, target, kind = finished / shards.POOL_NAME / dataset, finished / dataset, dataset.rpartition("/")[2]
     index: list[dict[str, Any]] = []
     for series, series_shards in pool_series.items():
-        positions = wanted.get((kind, series), np.zeros(0, np.int64))
+        positions = wanted.positions(kind, series)
         begin, picked = 0, []
         for shard in series_shards:
             end = begin + shard["samples"]
@@ -228,15 +288,3 @@ def _pick(
         if any(map(len, picked)):
             index += shards.copy_samples(source, series_shards, np.concatenate(picked), target / (series + PICKED), shard_config)
     return index
-
-
-def _check(outcome: Outcome, rows: pa.Table, kept: np.ndarray, stages: tuple[StageConfig, ...]) -> None:
-    """Nothing may be lost on the way, and nothing counted twice."""
-    if outcome.clips_kept + outcome.clips_filtered != len(rows):
-        raise RuntimeError(f"{len(rows)} clips, but {outcome.clips_kept} kept and {outcome.clips_filtered} filtered")
-    kinds = Counter(kind for kind, keep in zip(rows["kind"].to_pylist(), kept.tolist(), strict=True) if keep)
-    for stage in stages:
-        for kind in KINDS:
-            found, expected = outcome.samples.get(f"{stage.name}/{kind}", 0), kinds[kind.removesuffix("s")]
-            if found != expected:
-                raise RuntimeError(f"{stage.name}/{kind}: {found} samples of {expected} clips")

@@ -20,7 +20,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ SHARDS_NAME = "shards.json"  # in the pool: its shards, by data set
 ITEMS_NAME = "items.parquet"  # in the output: one row per input item; in the pool, as it was before selection
 CLIPS_NAME = "clips.parquet"  # likewise: one row per decoded clip
 REJECTS_NAME = "rejects.parquet"  # the items that were not kept
+BATCH = 1 << 12  # rows of a table in memory
 ASIDE = "-aside"  # ends the name of a folder with the shards of clips that did not pass when they were decoded
 HASHES = ["xxh64"]  # of every shard, in the index
 
@@ -205,7 +206,40 @@ def finish_series(writer: Any, folder: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Iterable[Any], schema: pa.Schema) -> None:
     """Write dataclasses as a parquet file."""
-    pq.write_table(pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema), path)
+    pq.write_table(pa.Table.from_pylist([vars(row) for row in rows], schema), path)
+
+
+def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, some thousands in memory."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH, columns=columns):
+            yield from batch.to_pylist()
+
+
+class TableWriter:
+    """A parquet file that grows by rows; some thousands wait in memory, and become a row group."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema, self._rows = schema, list[dict[str, Any]]()
+        self._writer = pq.ParquetWriter(path, schema)
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._flush()
+        finally:
+            self._writer.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if len(self._rows) == BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+        self._rows.clear()
 
 
 def part_name(part: int) -> str:
@@ -239,9 +273,10 @@ def gather(workspace: Path, parts: range, progress: Callable[[], object]) -> Non
     pool = workspace / "finished" / POOL_NAME
     index = gather_shards(workspace, parts, progress)
     for name, columns in ((ITEMS_NAME, ACCOUNT_SCHEMA), (CLIPS_NAME, CLIP_SCHEMA)):
-        with pq.ParquetWriter(pool / name, columns) as writer:
+        with TableWriter(pool / name, columns) as writer:
             for part in parts:
-                writer.write_table(pq.read_table(workspace / "parts" / part_name(part) / name))
+                for row in rows_of(workspace / "parts" / part_name(part) / name):
+                    writer.add(row)
     index.write(pool)
 
 
