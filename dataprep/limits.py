@@ -1,9 +1,11 @@
-"""What keeps a hostile file from taking its worker along: a bound on memory, and a child process that dies first."""
+"""What keeps a hostile file from taking its worker along: bounds on memory and time, and a child process that dies first."""
 
 import contextlib
+import math
 import multiprocessing
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +34,19 @@ def memory(up_to: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextlib.contextmanager
+def cpu_time(seconds: int) -> Iterator[None]:
+    """Within it the process is killed, by SIGXCPU, once it has computed for so long: nothing else ends a decoder that never comes
+    back. For the hopeless case, not for what merely takes long."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_CPU, (min([math.ceil(time.process_time()) + seconds, *known]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def fatal_signal(work: Callable[[], object]) -> str:

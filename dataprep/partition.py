@@ -21,6 +21,8 @@ from dataprep.selection import SelectConfig
 from dataprep.shards import Account, ClipRow, PartSummary, PartWriter, ShardConfig
 from model import config
 
+MOST_SECONDS = 3600  # of CPU for one item; what filters.max_gigapixels lets through takes minutes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -107,12 +109,14 @@ def prepare(item: Item, recipe: Recipe) -> Prepared:
 def prepare_guarded(item: Item, recipe: Recipe, most_memory: int, careful: bool) -> Prepared:
     """``prepare`` within ``most_memory`` bytes of address space; if ``careful`` only after another process has survived it.
 
+    A decoder that never comes back kills the process in the end, as one that crashes does at once.
+
     Raises:
         Rejected: it cannot or shall not be used.
     """
 
     def within() -> Prepared | None:
-        with contextlib.suppress(MemoryError), limits.memory(most_memory):
+        with contextlib.suppress(MemoryError), limits.memory(most_memory), limits.cpu_time(MOST_SECONDS):
             return prepare(item, recipe)
         return None  # and nothing holds what the error held
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import nasties
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from nasties import DAMAGE, FRAMES, HEIGHT, WIDTH, Nasty, scene, video
 from PIL import Image
@@ -266,3 +267,35 @@ def test_a_small_file_that_would_take_gigabytes(tmp_path: Path) -> None:
     assert {key: fate.reason for key, fate in fates.items()} == {"a": "too much memory", **dict.fromkeys("bcdefg", "")}
     assert fates["b"].frames == FRAMES
     assert max(fate.megabytes for fate in fates.values()) < MOST_MEGABYTES
+
+
+@pytest.mark.slow
+def test_a_job_of_odd_and_hostile_files_ends_as_they_do_one_by_one(
+    tmp_path: Path, fates: dict[str, Fate], encoder_folder: Path
+) -> None:
+    """In Spark, whose workers are forked and have threads of their own."""
+    (tmp_path / "in").mkdir()
+    for nasty in odd():
+        path = tmp_path / "in" / f"{nasty.name}{Path(nasty.name).suffix}"
+        nasty.make(path)
+        path.with_suffix(".txt").write_text(nasty.name)
+    (tmp_path / "job.yaml").write_text(
+        f"""\
+inputs: [{tmp_path}/in]
+output: {tmp_path}/out
+stages: [{{ name: only, height: 72, width: 128, frame_format: raw }}]
+clips: {{ frame_rate: 24, clip_frames: 1000, min_frames: 12, max_clips_per_video: 1, split_at_cuts: false }}
+filters: {{ max_gigapixels: 0.5 }}
+select: {{ min_motion: 0, min_sharpness: 0, min_brightness: 0, max_letterbox: 1, duplicate_bits: null }}
+text: {{ path: {encoder_folder}, max_tokens: 8 }}
+items_per_partition: 16
+spark: {{ master: "local[2]" }}
+"""
+    )
+    command = [sys.executable, "-m", "dataprep.run", str(tmp_path / "job.yaml")]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(tmp_path / "out" / "items.parquet").to_pylist()
+    assert {row["key"]: row["reason"] for row in rows} == {nasty.name: fates[nasty.name].reason for nasty in odd()}

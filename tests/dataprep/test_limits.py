@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,24 @@ def test_the_bound_goes_with_an_error() -> None:
 )
 def test_which_signal_killed_the_work(work: Callable[[], object], name: str) -> None:
     assert limits.fatal_signal(work) == name
+
+
+def spin() -> None:
+    with limits.cpu_time(1):
+        while True:
+            pass
+
+
+def test_a_decoder_that_never_comes_back_is_killed() -> None:
+    assert limits.fatal_signal(spin) == "SIGXCPU"
+
+
+def test_the_bound_on_time_goes_too() -> None:
+    before = resource.getrlimit(resource.RLIMIT_CPU)
+    with limits.cpu_time(100):
+        inside, _ = resource.getrlimit(resource.RLIMIT_CPU)
+    assert time.process_time() + 90 < inside < time.process_time() + 110
+    assert resource.getrlimit(resource.RLIMIT_CPU) == before
 
 
 def test_a_file_that_crashes_the_decoder_ends_one_try_and_is_then_rejected(
