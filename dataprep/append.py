@@ -8,7 +8,6 @@ Tables come in the order of the new list, as if everything had been prepared at 
 import contextlib
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
@@ -62,9 +61,8 @@ def split(listing: Path, pool: Path, todo: Path, items_per_group: int, again: Se
 
 def first_free_part(pool: Path) -> int:
     """A number from which on no part of ``pool`` is named."""
-    datasets = PoolIndex.read(pool).datasets.values()
-    names = {shard["raw_data"]["basename"] for index in datasets for shard in index}
-    return 1 + max((_part_of(name) for name in names), default=-1)
+    rows = shards.rows_of(pool / shards.SHARDS_NAME, ["series"])
+    return 1 + max((shards.place_of(row["series"])[0] for row in rows), default=-1)
 
 
 def merge(workspace: Path, pool: Path, parts: range, config: ShardConfig, progress: Callable[[], object]) -> None:
@@ -79,16 +77,14 @@ def merge(workspace: Path, pool: Path, parts: range, config: ShardConfig, progre
             tables.add(workspace / "parts" / shards.part_name(part))
         stale = tables.add(pool)
         tables.index_clips()
-        old, index = PoolIndex.read(pool), shards.gather_shards(workspace, parts, progress)
-        merged = PoolIndex({}, index.text_width or old.text_width)
         moved = {part: parts.stop + n for n, part in enumerate(sorted(stale))}
-        for dataset in sorted({*old.datasets, *index.datasets}):
-            kept = _reuse(pool, target, old, dataset, moved, tables, config)
-            merged.datasets[dataset] = kept + index.datasets.get(dataset, [])
+        with shards.TableWriter(target / shards.SHARDS_NAME, shards.SHARD_SCHEMA) as index:
+            for dataset in PoolIndex(pool).datasets():
+                _reuse(pool, target, dataset, moved, tables, config, index)
+            shards.gather_shards(workspace, parts, index, progress)
         for part, number in moved.items():
             tables.move(part, number)
         tables.write(target)
-        merged.write(target)
 
 
 class _Tables:
@@ -177,33 +173,29 @@ class _Tables:
 
 
 def _reuse(
-    pool: Path, target: Path, old: PoolIndex, dataset: str, moved: dict[int, int], tables: _Tables, config: ShardConfig
-) -> list[dict[str, Any]]:
-    """Link or copy the shards of a data set of ``pool`` to ``target``. Returns what an index says of them."""
-    index: list[dict[str, Any]] = []
-    kind = dataset.rpartition("/")[2].removesuffix("s")
-    for series, found in old.series(dataset).items():
-        part = _part_of(series)
+    pool: Path,
+    target: Path,
+    dataset: str,
+    moved: dict[int, int],
+    tables: _Tables,
+    config: ShardConfig,
+    index: shards.TableWriter,
+) -> None:
+    """Link or copy the shards of a data set of ``pool`` to ``target``, and note them in its ``index``."""
+    kind, text_width = dataset.rpartition("/")[2].removesuffix("s"), PoolIndex(pool).text_width()
+    for series, found in PoolIndex(pool).series(dataset):
+        part, aside = shards.place_of(series)
         if part not in moved:
             (target / dataset / series).mkdir(parents=True, exist_ok=True)
             for shard in found:
                 name = Path(dataset, shard["raw_data"]["basename"])
                 if not (target / name).exists():
                     shards.link(pool / name, target / name)
-            index += found
+            shards.add_shards(index, dataset, found, text_width)
             continue
-        aside = series.endswith(shards.ASIDE)
         positions = tables.positions(part, kind, aside)
         if len(positions):
             folder = target / dataset / shards.series_name(moved[part], aside)
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
-            index += shards.copy_samples(pool / dataset, found, positions, folder, config)
-    return index
-
-
-def _part_of(name: str) -> int:
-    """The number in "part-00007/shard.00000.mds" or "part-00007-aside"."""
-    found = re.match(r"part-(\d+)", name)
-    if not found:
-        raise RuntimeError(f"no shard of ours: {name}")
-    return int(found[1])
+            copied = shards.copy_samples(pool / dataset, found, positions, folder, config)
+            shards.add_shards(index, dataset, copied, text_width)

@@ -85,7 +85,8 @@ def describe(output: Path) -> Made | None:
         job = json.loads((output / shards.JOB_NAME).read_text(encoding="utf-8"))
         outcome = Outcome(**job["outcome"]) if "select" in job else None
         index = output / shards.POOL_NAME / shards.SHARDS_NAME
-        pool = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else ""
+        with index.open("rb") if index.is_file() else contextlib.nullcontext() as file:
+            pool = hashlib.file_digest(file, "sha256").hexdigest() if file else ""
         fetch = job.get("config", {}).get("fetch")
         return Made(str(job["digest"]), str(job.get("recipe", "")), job.get("select"), outcome, fetch, pool)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ import argparse
 import base64
 import dataclasses
 import io
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,7 @@ EXAMPLES = 6  # of each reason
 THUMBNAIL_HEIGHT = 72  # pixels
 STRIP_FRAMES = 4  # of a video, side by side
 MOTION_FLOOR = 1e-5  # less is drawn there: the axis is logarithmic
+Series = dict[tuple[str, str], list[dict[str, Any]]]  # (data set, folder) -> shards
 COLOURS = {"kept": "#3b7a57", "filtered": "#d08c3f"}
 
 TEMPLATE = """\
@@ -260,7 +262,6 @@ def _sheets(output: Path, outcome: shards.Outcome, stages: list[dict[str, Any]],
     if not (pool / shards.SHARDS_NAME).is_file():
         return []
     stage = max(stages, key=lambda stage: stage["height"] * stage["width"])
-    datasets = shards.PoolIndex.read(pool).datasets
     rng = np.random.default_rng(seed)
     counts = {"": outcome.clips_kept, **dict(sorted(outcome.clip_reasons.items()))}  # reason -> clips; empty: kept
     drawn = {
@@ -274,16 +275,25 @@ def _sheets(output: Path, outcome: shards.Outcome, stages: list[dict[str, Any]],
         if met[row["reason"]] in drawn[row["reason"]]:
             chosen[row["reason"]].append(row)
         met[row["reason"]] += 1
+    places: dict[str, set[str]] = {}
+    for row in itertools.chain.from_iterable(chosen.values()):
+        places.setdefault(_dataset(stage, row), set()).add(shards.series_name(row["part"], row["aside"]))
+    index = shards.PoolIndex(pool)
+    found = {(name, series): entries for name, wanted in places.items() for series, entries in index.series(name, wanted)}
     sheets = []
     for reason, rows in chosen.items():
         name = f"Filtered: {reason}" if reason else "Kept"
-        cells = [_cell(pool, datasets, stage, row) for row in rows]
+        cells = [_cell(pool, found, stage, row) for row in rows]
         sheets.append(Sheet(f"{name} ({len(cells)} of {counts[reason]:,})", cells))
     return sheets
 
 
-def _cell(pool: Path, datasets: dict[str, list[dict[str, Any]]], stage: dict[str, Any], row: dict[str, Any]) -> Cell:
-    pictures = _thumbnails(pool, datasets, stage, row)
+def _dataset(stage: dict[str, Any], row: dict[str, Any]) -> str:
+    return f"{stage['name']}/{row['kind']}s"
+
+
+def _cell(pool: Path, found: Series, stage: dict[str, Any], row: dict[str, Any]) -> Cell:
+    pictures = _thumbnails(pool, found, stage, row)
     gap = np.full((THUMBNAIL_HEIGHT, 2, 3), 255, np.uint8)
     strip = [piece for picture in pictures for piece in (picture, gap)][:-1]
     buffer = io.BytesIO()
@@ -293,11 +303,10 @@ def _cell(pool: Path, datasets: dict[str, list[dict[str, Any]]], stage: dict[str
     return Cell(_uri(buffer.getvalue(), "jpeg"), row["caption"], row["key"], row["detail"] or note)
 
 
-def _thumbnails(
-    pool: Path, datasets: dict[str, list[dict[str, Any]]], stage: dict[str, Any], row: dict[str, Any]
-) -> list[np.ndarray]:
+def _thumbnails(pool: Path, found: Series, stage: dict[str, Any], row: dict[str, Any]) -> list[np.ndarray]:
     """Small (h, w, 3) pictures of a few frames of a clip, from the pool."""
-    sample = shards.read_sample(pool, datasets, f"{stage['name']}/{row['kind']}s", row)
+    dataset = _dataset(stage, row)
+    sample = shards.read_sample(pool, dataset, found[dataset, shards.series_name(row["part"], row["aside"])], row)
     ends = sample["frame_ends"].tolist()
     numbers = np.unique(np.linspace(0, len(ends) - 1, min(STRIP_FRAMES, len(ends))).round().astype(int)).tolist()
     size = (round(stage["width"] * THUMBNAIL_HEIGHT / stage["height"]), THUMBNAIL_HEIGHT)

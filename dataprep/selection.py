@@ -8,11 +8,13 @@ only, these are copied into a new one. Clips that fail a threshold when they are
 is rare.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ def select(
     for path in finished.iterdir():  # of an interrupted run
         if path != pool:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    pool_index = shards.PoolIndex.read(pool)
+    pool_index = shards.PoolIndex(pool)
     wanted = _Wanted(pool_index)
     outcome = _judge(finished, select_config, wanted)
     if not outcome.kept:
@@ -113,16 +115,12 @@ def select(
     for stage in stages:
         for kind in KINDS:
             dataset = f"{stage.name}/{kind}"
-            index = _pick(finished, dataset, pool_index.series(dataset), wanted, shard_config)
-            found = sum(shard["samples"] for shard in index)
+            found = _pick(finished, dataset, pool_index.series(dataset), wanted, shard_config)
             if found != wanted.counts[kind]:
                 raise RuntimeError(f"{dataset}: {found} samples of {wanted.counts[kind]} clips")
-            if index:
+            if found:
                 samples[dataset] = found
-                manifest(kind, stage, found, pool_index.text_width).write(finished / dataset)
-                (finished / dataset / "index.json").write_text(
-                    json.dumps({"version": INDEX_VERSION, "shards": index}, sort_keys=True)
-                )
+                manifest(kind, stage, found, pool_index.text_width()).write(finished / dataset)
     outcome = dataclasses.replace(outcome, samples=samples)
     tree = {**job, "select": config.to_tree(select_config), "outcome": dataclasses.asdict(outcome)}
     (finished / shards.JOB_NAME).write_text(json.dumps(tree, indent=2) + "\n")
@@ -133,31 +131,59 @@ class _Wanted:
     """Which samples of the series of shards are selected."""
 
     def __init__(self, index: shards.PoolIndex) -> None:
-        self._places: dict[tuple[str, str], tuple[int, int]] = {}  # (kind, series) -> where in the array, how many
+        first = {dataset.rpartition("/")[2]: dataset for dataset in reversed(index.datasets())}  # all stages have the same
+        parts = 1 + max((shards.place_of(name)[0] for dataset in first.values() for name, _ in index.series(dataset)), default=-1)
+        self._begins, self._samples = (disk.array(parts * len(KINDS) * 2, np.int64) for _ in range(2))
         self.counts: Counter[str] = Counter()
         total = 0
-        for dataset in index.datasets:
-            kind = dataset.rpartition("/")[2]
-            for series, found in index.series(dataset).items():
-                if (kind, series) not in self._places:  # the same in each stage
-                    samples = sum(shard["samples"] for shard in found)
-                    self._places[kind, series] = (total, samples)
-                    total += samples
+        for kind, dataset in first.items():
+            for name, found in index.series(dataset):
+                place, samples = self._place(kind, *shards.place_of(name)), sum(shard["samples"] for shard in found)
+                self._begins[place], self._samples[place] = total, samples
+                total += samples
         self._selected = disk.array(total, np.bool_)
+
+    @staticmethod
+    def _place(kind: str, part: int, aside: bool) -> int:
+        return (part * len(KINDS) + KINDS.index(kind)) * 2 + aside
 
     def add(self, clip: dict[str, Any]) -> None:
         """Select a clip (a row of ``clips.parquet``)."""
         kind = f"{clip['kind']}s"
-        begin, samples = self._places[kind, shards.series_name(clip["part"], clip["aside"])]
-        if not 0 <= clip["position"] < samples:
+        place = self._place(kind, clip["part"], clip["aside"])
+        if not 0 <= clip["position"] < self._samples[place]:
             raise RuntimeError(f"{clip['key']}: no sample {clip['position']} in its shards")
-        self._selected[begin + clip["position"]] = True
+        self._selected[self._begins[place] + clip["position"]] = True
         self.counts[kind] += 1
 
     def positions(self, kind: str, series: str) -> np.ndarray:
         """The selected ones of a series, ascending."""
-        begin, samples = self._places[kind, series]
-        return np.flatnonzero(self._selected[begin : begin + samples])
+        place = self._place(kind, *shards.place_of(series))
+        begin = self._begins[place]
+        return np.flatnonzero(self._selected[begin : begin + self._samples[place]])
+
+
+class _IndexWriter:
+    """Writes the index of a data set, shard by shard; none is left where there is no shard."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "index.json"
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self.samples = 0
+
+    def add(self, found: list[dict[str, Any]]) -> None:
+        for shard in found:
+            self._file.write((", " if self.samples else "") + json.dumps(shard, sort_keys=True))
+            self.samples += shard["samples"]
+
+    def close(self) -> None:
+        with self._file:
+            if self.samples:
+                self._file.seek(0)
+                with self._path.open("w", encoding="utf-8") as index:
+                    index.write('{"shards": [')
+                    shutil.copyfileobj(self._file, index)
+                    index.write(f'], "version": {INDEX_VERSION}}}')
 
 
 def _judge(finished: Path, select_config: SelectConfig, wanted: _Wanted) -> Outcome:
@@ -265,26 +291,29 @@ def _fault(clip: dict[str, Any], select_config: SelectConfig) -> Fault | None:
 def _pick(
     finished: Path,
     dataset: str,
-    pool_series: dict[str, list[dict[str, Any]]],
+    pool_series: Iterator[tuple[str, list[dict[str, Any]]]],
     wanted: _Wanted,
     shard_config: ShardConfig,
-) -> list[dict[str, Any]]:
-    """Fill the folder of ``dataset`` with the selected samples, and return its index."""
+) -> int:
+    """Fill the folder of ``dataset`` with the selected samples and their index, and return their number."""
     source, target, kind = finished / shards.POOL_NAME / dataset, finished / dataset, dataset.rpartition("/")[2]
-    index: list[dict[str, Any]] = []
-    for series, series_shards in pool_series.items():
-        positions = wanted.positions(kind, series)
-        begin, picked = 0, []
-        for shard in series_shards:
-            end = begin + shard["samples"]
-            chosen = positions[(positions >= begin) & (positions < end)]
-            if len(chosen) == shard["samples"]:
-                (target / series).mkdir(parents=True, exist_ok=True)
-                shards.link(source / shard["raw_data"]["basename"], target / shard["raw_data"]["basename"])
-                index.append(shard)
-            else:
-                picked.append(chosen)
-            begin = end
-        if any(map(len, picked)):
-            index += shards.copy_samples(source, series_shards, np.concatenate(picked), target / (series + PICKED), shard_config)
-    return index
+    with contextlib.closing(_IndexWriter(target)) as index:
+        for series, series_shards in pool_series:
+            positions = wanted.positions(kind, series)
+            begin, picked = 0, []
+            for shard in series_shards:
+                end = begin + shard["samples"]
+                chosen = positions[(positions >= begin) & (positions < end)]
+                if len(chosen) == shard["samples"]:
+                    (target / series).mkdir(parents=True, exist_ok=True)
+                    shards.link(source / shard["raw_data"]["basename"], target / shard["raw_data"]["basename"])
+                    index.add([shard])
+                else:
+                    picked.append(chosen)
+                begin = end
+            if any(map(len, picked)):
+                found = shards.copy_samples(
+                    source, series_shards, np.concatenate(picked), target / (series + PICKED), shard_config
+                )
+                index.add(found)
+        return index.samples

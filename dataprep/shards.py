@@ -15,12 +15,14 @@ finished folder becomes the output by one rename.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,9 @@ from model.data.schema import COLUMNS
 
 JOB_NAME = "job.json"  # in the output: what made it
 PART_NAME = "part.json"  # in a part: its shards, for the index
-POOL_VERSION = 3  # of what the pool holds: another one decodes again
+POOL_VERSION = 4  # of what the pool holds: another one decodes again
 POOL_NAME = "pool"  # in the output: every decoded clip
-SHARDS_NAME = "shards.json"  # in the pool: its shards, by data set
+SHARDS_NAME = "shards.parquet"  # in the pool: one row per shard
 ITEMS_NAME = "items.parquet"  # in the output: one row per input item; in the pool, as it was before selection
 CLIPS_NAME = "clips.parquet"  # likewise: one row per decoded clip
 REJECTS_NAME = "rejects.parquet"  # the items that were not kept
@@ -97,7 +99,18 @@ def schema(row: type) -> pa.Schema:
     return pa.schema([(field.name, special.get(field.name, types[field.type])) for field in dataclasses.fields(row)])  # type: ignore[index]
 
 
-ACCOUNT_SCHEMA, CLIP_SCHEMA = schema(Account), schema(ClipRow)
+@dataclasses.dataclass(frozen=True)
+class ShardRow:
+    """A shard of the pool."""
+
+    dataset: str  # "stage1/videos"
+    series: str  # its folder
+    samples: int
+    text_width: int
+    entry: str  # what an index says of it, as JSON
+
+
+ACCOUNT_SCHEMA, CLIP_SCHEMA, SHARD_SCHEMA = schema(Account), schema(ClipRow), schema(ShardRow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +255,14 @@ class TableWriter:
         self._rows.clear()
 
 
+def place_of(series: str) -> tuple[int, bool]:
+    """(part, whether it was set aside) of a series, by the name of its folder."""
+    found = re.fullmatch(rf"part-(\d+)({ASIDE})?", series)
+    if not found:
+        raise RuntimeError(f"no folder of ours: {series}")
+    return int(found[1]), found[2] is not None
+
+
 def part_name(part: int) -> str:
     return f"part-{part:05d}"
 
@@ -271,55 +292,58 @@ def drop_attempts(workspace: Path) -> None:
 def gather(workspace: Path, parts: range, progress: Callable[[], object]) -> None:
     """Put the committed parts together in ``finished/pool``, calling ``progress`` for each. Can be interrupted and repeated."""
     pool = workspace / "finished" / POOL_NAME
-    index = gather_shards(workspace, parts, progress)
+    pool.mkdir(parents=True, exist_ok=True)
+    with TableWriter(pool / SHARDS_NAME, SHARD_SCHEMA) as index:
+        gather_shards(workspace, parts, index, progress)
     for name, columns in ((ITEMS_NAME, ACCOUNT_SCHEMA), (CLIPS_NAME, CLIP_SCHEMA)):
         with TableWriter(pool / name, columns) as writer:
             for part in parts:
                 for row in rows_of(workspace / "parts" / part_name(part) / name):
                     writer.add(row)
-    index.write(pool)
 
 
-def gather_shards(workspace: Path, parts: range, progress: Callable[[], object]) -> "PoolIndex":
+def gather_shards(workspace: Path, parts: range, index: "TableWriter", progress: Callable[[], object]) -> None:
     """Move the shards of the committed parts, not their tables, to ``finished/pool``. Can be interrupted and repeated."""
     pool = workspace / "finished" / POOL_NAME
-    pool.mkdir(parents=True, exist_ok=True)
-    text_width, datasets = 0, dict[str, list[dict[str, Any]]]()
     for part in parts:
         folder = workspace / "parts" / part_name(part)
         summary = json.loads((folder / PART_NAME).read_text())
-        text_width = summary["text_width"] or text_width
         for dataset, shards in summary["datasets"].items():
-            datasets.setdefault(dataset, []).extend(shards)
+            add_shards(index, dataset, shards, summary["text_width"])
             (pool / dataset).mkdir(parents=True, exist_ok=True)
             for aside in (False, True):
                 series = folder / dataset / series_name(part, aside)
                 if series.exists():
                     series.rename(pool / dataset / series.name)
         progress()
-    return PoolIndex(datasets, text_width)
+
+
+def add_shards(index: "TableWriter", dataset: str, shards: list[dict[str, Any]], text_width: int) -> None:
+    """Note shards of a series in the pool's table; ``shards`` as an index has them."""
+    for shard in shards:
+        series = Path(shard["raw_data"]["basename"]).parent.name
+        index.add(vars(ShardRow(dataset, series, shard["samples"], text_width, json.dumps(shard))))
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolIndex:
-    """What a pool's ``shards.json`` says."""
+    """What a pool's table of shards says. Nothing of it is held in memory."""
 
-    datasets: dict[str, list[dict[str, Any]]]  # "stage1/videos" -> its shards, as an index has them
-    text_width: int  # 0 where no sample is
+    pool: Path
 
-    @staticmethod
-    def read(pool: Path) -> "PoolIndex":
-        return PoolIndex(**json.loads((pool / SHARDS_NAME).read_text()))
+    def datasets(self) -> list[str]:
+        return sorted({row["dataset"] for row in rows_of(self.pool / SHARDS_NAME, ["dataset"])})
 
-    def write(self, pool: Path) -> None:
-        (pool / SHARDS_NAME).write_text(json.dumps(dataclasses.asdict(self)))
+    def text_width(self) -> int:
+        """0 where no sample is."""
+        return next((row["text_width"] for row in rows_of(self.pool / SHARDS_NAME, ["text_width"])), 0)
 
-    def series(self, dataset: str) -> dict[str, list[dict[str, Any]]]:
-        """Folder of a series -> its shards, in order."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for shard in self.datasets.get(dataset, []):
-            found.setdefault(Path(shard["raw_data"]["basename"]).parent.name, []).append(shard)
-        return found
+    def series(self, dataset: str, wanted: Container[str] | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """(folder of a series, its shards in order) of the wanted ones, or of all."""
+        own = (row for row in rows_of(self.pool / SHARDS_NAME) if row["dataset"] == dataset)
+        for series, rows in itertools.groupby(own, lambda row: row["series"]):
+            if wanted is None or series in wanted:
+                yield series, [json.loads(row["entry"]) for row in rows]
 
 
 def copy_samples(
@@ -354,18 +378,17 @@ def link(source: str | Path, target: str | Path) -> None:
     os.replace(partial, target)  # noqa: PTH105
 
 
-def read_sample(pool: Path, datasets: dict[str, list[dict[str, Any]]], dataset: str, row: dict[str, Any]) -> dict[str, Any]:
+def read_sample(pool: Path, dataset: str, series: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
     """The sample of a clip (a row of ``clips.parquet``) in a data set such as "stage1/videos", from the pool.
 
     Args:
-        datasets: the pool's shards by data set, from ``shards.json``.
+        series: the shards of its series.
     """
     from streaming.base.format import reader_from_json
 
-    series, position = series_name(row["part"], row["aside"]), row["position"]
-    for shard in datasets[dataset]:
-        if Path(shard["raw_data"]["basename"]).parent.name == series:
-            if position < shard["samples"]:
-                return reader_from_json(str(pool / dataset), "", shard).get_item(position)
-            position -= shard["samples"]
-    raise ValueError(f"{dataset} has no sample {row['position']} in {series}")
+    position = row["position"]
+    for shard in series:
+        if position < shard["samples"]:
+            return reader_from_json(str(pool / dataset), "", shard).get_item(position)
+        position -= shard["samples"]
+    raise ValueError(f"{dataset} has no sample {row['position']} in {series_name(row['part'], row['aside'])}")

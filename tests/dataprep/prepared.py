@@ -28,14 +28,19 @@ def content(output: Path) -> dict[str, dict[str, bytes]]:
 def pool(output: Path) -> dict[str, dict[str, bytes]]:
     """The same of the pool, each sample read where the table of clips says that it is; nothing else may lie there."""
     folder = output / "pool"
-    index, rows = PoolIndex.read(folder), pq.read_table(folder / "clips.parquet").to_pylist()
+    index, rows = PoolIndex(folder), pq.read_table(folder / "clips.parquet").to_pylist()
     found: dict[str, dict[str, bytes]] = {}
-    files = {folder / name for name in ("items.parquet", "clips.parquet", "shards.json")}
-    for dataset, entries in index.datasets.items():
+    files = {folder / name for name in ("items.parquet", "clips.parquet", shards.SHARDS_NAME)}
+    for dataset in index.datasets():
+        series = dict(index.series(dataset))
+        entries = [entry for shards_of_it in series.values() for entry in shards_of_it]
         kind = dataset.rpartition("/")[2].removesuffix("s")
-        own = [row for row in rows if row["kind"] == kind]
-        samples = {row["key"]: _bytes(shards.read_sample(folder, index.datasets, dataset, row)) for row in own}
-        assert len(samples) == len(own) == sum(entry["samples"] for entry in entries)
+        samples = {}
+        for row in rows:
+            if row["kind"] == kind:
+                own = series[shards.series_name(row["part"], row["aside"])]
+                samples[row["key"]] = _bytes(shards.read_sample(folder, dataset, own, row))
+        assert len(samples) == sum(row["kind"] == kind for row in rows) == sum(entry["samples"] for entry in entries)
         assert all(key.encode() in data for key, data in samples.items())
         found[dataset] = samples
         for entry in entries:

@@ -166,7 +166,7 @@ def test_shard_hashes_hold_and_nothing_else_lies_there(finished: Finished) -> No
     there = {str(path.relative_to(finished.output)) for path in finished.output.rglob("*") if path.is_file()}
     pool = {path.removeprefix("pool/") for path in there if path.startswith("pool/")}
     assert {path for path in there if not path.startswith("pool/")} == named
-    tables = {"items.parquet", "clips.parquet", "shards.json"}
+    tables = {"items.parquet", "clips.parquet", "shards.parquet"}
     assert pool == {path for path in named if path.endswith(".mds")} | tables  # everything was selected
     for path in pool - tables:
         assert (finished.output / path).samefile(finished.output / "pool" / path)
