@@ -4,7 +4,9 @@ smaller stages by area from it. The cascade is cheaper and closer to an ideal re
 Shapes: H height, W width in pixels; arrays are (H, W, 3) uint8 RGB.
 """
 
+import contextlib
 import dataclasses
+import io
 import itertools
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,7 +15,7 @@ from typing import Any, cast
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from dataprep.bars import NO_BARS
 from dataprep.filters import FilterConfig, Rejected, Unsupported
@@ -157,15 +159,31 @@ def orientation(frame: av.VideoFrame) -> tuple[list[tuple[str, ...]], bool]:
 
 
 def upright_image(image: Image.Image) -> Image.Image:
-    """An opened image as upright 8-bit RGB: EXIF orientation applied, 16 bit scaled, transparency over white."""
+    """An opened image as upright 8-bit sRGB: EXIF orientation and colour profile applied, 16 bit scaled, alpha over white."""
     turned = ImageOps.exif_transpose(image)
+    profile = turned.info.get("icc_profile")
     if turned.mode.startswith("I;16") or turned.mode in ("I", "F"):
         levels = np.asarray(turned).astype(np.float64)
         turned = Image.fromarray((levels / 257 if turned.mode != "F" else levels * 255).clip(0, 255).round().astype(np.uint8))
     if turned.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in turned.info:
         layer = turned.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
-    return turned.convert("RGB")
+        colours = _standard(layer.convert("RGB"), profile)
+        colours.putalpha(layer.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), colours).convert("RGB")
+    return _standard(turned if turned.mode in ("RGB", "CMYK", "L") else turned.convert("RGB"), profile)
+
+
+def _standard(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB, CMYK or grey in the colours of an ICC ``profile`` as sRGB; one that is broken or of another kind is ignored."""
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if ImageCms.getProfileDescription(source).startswith("sRGB"):
+                return image.convert("RGB")
+            turned = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if turned is not None:
+                return turned
+    return image.convert("RGB")
 
 
 def scale_image(image: Image.Image, sizes: Sequence[Size], filters: FilterConfig) -> list[np.ndarray]:

@@ -39,7 +39,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     still.save(folder / "k.gif", save_all=True, append_images=[Image.fromarray(image) for image in frames[1:]], duration=40)
     exif = Image.Exif()
     exif[0x0112] = 6
-    still.save(folder / "l.jpg", quality=80, exif=exif)
+    wide, profile = nasties.adobe_rgb(frames[0])
+    Image.fromarray(wide).save(folder / "l.jpg", quality=80, exif=exif, icc_profile=profile)
     still.save(folder / "still.png")
     still.save(folder / "m.webp", quality=80, exif=exif)
     still.save(folder / "n.tiff", compression="tiff_lzw")

@@ -126,6 +126,7 @@ def odd() -> list[Nasty]:
     large = [np.repeat(np.repeat(image, 10, 0), 10, 1) for image in scene(16)]
     on_its_side = [np.rot90(image, -1) for image in whole]
     others = [Image.fromarray(image) for image in HELD[1:]]
+    wide, profile = nasties.adobe_rgb(whole[0])
     disabled = {"avoid_negative_ts": "disabled"}
     return [
         # Clocks.
@@ -163,6 +164,8 @@ def odd() -> list[Nasty]:
         Nasty("see-through.mkv", made(nasties.squares(), "ffv1", "yuva444p", options={}), SQUARES),
         Nasty("see-through.gif", nasties.see_through_gif, SQUARES),
         Nasty("see-through.png", saved(Image.fromarray(nasties.squares()[0])), SQUARES[:1], psnr=40),
+        Nasty("wide.png", saved(Image.fromarray(wide), icc_profile=profile), whole[:1], psnr=42),
+        Nasty("broken-profile.png", saved(first, icc_profile=profile[:200]), whole[:1], psnr=60),
         Nasty("cmyk.jpg", saved(first.convert("CMYK"), quality=98, subsampling=0), whole[:1]),
         Nasty("sixteen.png", nasties.sixteen_bit_rgb, whole[:1], psnr=45),
         # What the ffmpeg program does.
