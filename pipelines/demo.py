@@ -4,16 +4,9 @@ Runs the same commands that one types by hand, one after the other, and shows ea
 interrupted demo goes on where it was.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +15,9 @@ from streaming import LocalDataset
 from model import command, config
 from model.config import UserError
 from model.data.schema import Kind, Manifest
+from pipelines.chain import MODULE, Progress, Stage, alone_in, trainer
 
 TRAINING = ("yamls/demo/stage1.yaml", "yamls/demo/stage2.yaml")
-END_SECONDS = 30  # that an interrupted stage has to end
 
 
 @dataclass(frozen=True)
@@ -44,14 +37,6 @@ class DemoConfig:
             raise ValueError(f"prompts must name at least one, got {list(self.prompts)}")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command of the demo."""
-
-    title: str
-    arguments: tuple[str, ...]
-
-
 def demo(c: DemoConfig) -> None:
     """Run what is missing and print where everything is.
 
@@ -68,23 +53,22 @@ def demo(c: DemoConfig) -> None:
             config.load(TrainConfig, yaml, c.overrides)
     folder = Path(c.folder if c.data is None else f"{c.folder}-{_fingerprint(Path(c.data))}")
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder):
+    with alone_in(folder):
         _run_stages(c, folder)
 
 
 def _run_stages(c: DemoConfig, folder: Path) -> None:
     begin = time.monotonic()
-    module = (sys.executable, "-m")
     captions = c.prompts
-    media = Stage("make sample media", (*module, "dataprep.scene_files", "yamls/demo/scenes.yaml"))
+    media = Stage("make sample media", (*MODULE, "dataprep.scene_files", "yamls/demo/scenes.yaml"))
     words = () if c.data is None else (f"captions={json.dumps(c.data)}",)
     inputs = () if c.data is None else (f"inputs={json.dumps([c.data])}",)
     stages = [
         *([media] if c.data is None else []),
-        Stage("build a small text encoder", (*module, "dataprep.small_t5", "yamls/demo/small_t5.yaml", *words)),
-        Stage("prepare the data with Spark", (*module, "dataprep.run", "yamls/demo/dataprep.yaml", *inputs)),
+        Stage("build a small text encoder", (*MODULE, "dataprep.small_t5", "yamls/demo/small_t5.yaml", *words)),
+        Stage("prepare the data with Spark", (*MODULE, "dataprep.run", "yamls/demo/dataprep.yaml", *inputs)),
     ]
-    progress = Progress(folder, len(stages) + 3)
+    progress = Progress(folder, len(stages) + 3, "DEMO_FOLDER")
     for stage in stages:
         progress.run(stage)
 
@@ -93,89 +77,11 @@ def _run_stages(c: DemoConfig, folder: Path) -> None:
     if c.data is not None:
         captions = _captions(shards, 4)
         overrides += [f"samples.prompts={json.dumps(captions[:2])}"]
-    trainer = (str(Path(sys.executable).with_name("composer")), "-n", str(c.processes), "model/train.py")
     for number, (yaml, batch) in enumerate(zip(TRAINING, (16, 8), strict=True), 1):
         own = _fit_to_data(shards / f"stage{number}", batch, c.processes)
-        progress.run(Stage(f"train stage {number}", (*trainer, yaml, *overrides, *own)))
-    progress.run(Stage("sample", (*module, "pipelines.sample", "yamls/demo/sample.yaml", f"prompts={json.dumps(captions)}")))
+        progress.run(Stage(f"train stage {number}", (*trainer(c.processes), yaml, *overrides, *own)))
+    progress.run(Stage("sample", (*MODULE, "pipelines.sample", "yamls/demo/sample.yaml", f"prompts={json.dumps(captions)}")))
     print(_summary(folder, time.monotonic() - begin))
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Refuse to start where another demo is at work; the lock goes with the process that holds it."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another demo is at work in {folder}; wait for it, or name another folder") from error
-        yield
-
-
-class Progress:
-    """Runs stages in their order and remembers in ``folder`` which have finished.
-
-    A stage runs again if its words have changed, or those of any stage before it.
-    """
-
-    def __init__(self, folder: Path, total: int) -> None:
-        self.folder = folder
-        self.total = total
-        self.number = 0
-        self.words: list[Sequence[str]] = []
-
-    def run(self, stage: Stage) -> None:
-        """Run the next stage unless it has finished before.
-
-        Raises:
-            UserError: it failed.
-        """
-        self.number += 1
-        self.words.append(stage.arguments)
-        number = f"[{self.number}/{self.total}]"
-        marker = self.folder / "finished" / str(self.number)
-        digest = hashlib.sha256(json.dumps(self.words).encode()).hexdigest()
-        if marker.exists() and marker.read_text(encoding="utf-8") == digest:
-            print(f"{number} {stage.title}: done before", flush=True)
-            return
-        print(f"{number} {stage.title}\n      {_typed(stage.arguments)}", flush=True)
-        begin = time.monotonic()
-        environment = {**os.environ, "DEMO_FOLDER": str(self.folder), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        code = _call(stage.arguments, environment)
-        if code:
-            raise UserError(
-                f"the demo stopped at '{stage.title}' (exit code {code}); what is done is kept, make demo goes on from there"
-            )
-        marker.parent.mkdir(exist_ok=True)
-        marker.write_text(digest, encoding="utf-8")
-        print(f"{number} {stage.title}: {time.monotonic() - begin:.0f} s\n", flush=True)
-
-
-def _call(arguments: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command to its end and return its exit code. Ended itself, by Ctrl-C or SIGTERM, it ends the command first."""
-    process = subprocess.Popen(arguments, env=environment)
-
-    def terminate(*_: object) -> None:
-        process.send_signal(signal.SIGINT)  # what a Ctrl-C would have sent to all
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        try:
-            process.wait(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _typed(arguments: Sequence[str]) -> str:
-    """The command as one would type it."""
-    words = [Path(word).name if word.startswith(sys.prefix) else word for word in arguments]
-    return " ".join(f"'{word}'" if any(mark in word for mark in ' "[') else word for word in words)
 
 
 def _fingerprint(data: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 from dataprep import scene_files
 from model import command, media
 from model.config import UserError
-from pipelines.demo import DemoConfig, Progress, Stage, demo
+from pipelines.demo import DemoConfig, demo
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = ["schedule.steps=6", "schedule.warmup=1", "checkpoints.every=3", "samples.every=6", "samples.sampler.steps=2"]
@@ -75,21 +75,6 @@ def test_what_cannot_run_is_refused_by_name() -> None:
         DemoConfig(prompts=(" ",))
 
 
-def test_a_changed_stage_runs_again_with_all_that_follow_it(tmp_path: Path) -> None:
-    script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
-
-    def stages(first: str) -> str:
-        progress = Progress(tmp_path, 2)
-        for word in (first, "b"):
-            progress.run(Stage(word, (sys.executable, "-c", script, str(tmp_path / "ran"), word)))
-        return (tmp_path / "ran").read_text()
-
-    assert stages("a") == "ab"
-    assert stages("a") == "ab"
-    assert stages("c") == "abcb"
-    assert stages("a") == "abcbab"  # what lies in the folder is the last one's work
-
-
 def test_two_demos_do_not_share_a_folder_and_sigterm_ends_what_runs(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pipelines.demo", "yamls/demo/demo.yaml", f"folder={tmp_path}/demo"]
     first = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -98,7 +83,7 @@ def test_two_demos_do_not_share_a_folder_and_sigterm_ends_what_runs(tmp_path: Pa
         assert "make sample media" in first.stdout.readline()
         second = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
         assert second.returncode == 2
-        assert second.stderr.strip() == f"error: another demo is at work in {tmp_path}/demo; wait for it, or name another folder"
+        assert second.stderr.strip() == f"error: another one is at work in {tmp_path}/demo; wait for it, or name another folder"
         stages = psutil.Process(first.pid).children(recursive=True)
         assert stages
         first.send_signal(signal.SIGTERM)
