@@ -29,7 +29,7 @@ from dataprep.run import DataprepConfig, Work
 from model.config import load
 from tests.dataprep.prepared import content, pool, same
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # on a machine with other things to do
 
 ROOT = Path(__file__).parents[2]
 EARLY, LATE = 6, 18  # videos of the first job, and those that are new to the second
@@ -150,7 +150,7 @@ class Run:
 
     def until(self, reader: Reader, reached: Callable[[], bool]) -> bool:
         """Wait; False if the job ends first."""
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 1200
         while self.process.poll() is None:
             reader.look()
             if reached():
@@ -330,7 +330,7 @@ def test_a_disk_that_is_full_and_then_is_not(reference: Reference, yaml: Path, e
         ls -A {folder}/disk > {folder}/left
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["unshare", "-Urm", "sh", "-c", script], cwd=ROOT, env=environment, check=False, timeout=500)
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", script], cwd=ROOT, env=environment, check=False, timeout=2400)
     full, again = (folder / "log-full").read_text(), (folder / "log-again").read_text() if done.returncode in (0, 98) else ""
     assert done.returncode == 0, full + again
     assert (folder / "code").read_text() == "2\n"

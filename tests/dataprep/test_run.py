@@ -28,6 +28,7 @@ from model.config import load
 from model.data.schema import Manifest
 from model.text import TextEncoder
 from tests.dataprep.prepared import content
+from tests.model.data.conftest import Server
 
 ROOT = Path(__file__).parents[2]
 GOOD_VIDEOS, GOOD_IMAGES = 9, 3
@@ -342,6 +343,31 @@ def test_shipped_yamls_are_whole() -> None:
     for frame_rate in (24, 12, 8):  # 8 frames at each of the demo's rates
         assert demo.clips.frame_rate % frame_rate == 0
         assert demo.clips.min_frames >= 7 * demo.clips.frame_rate / frame_rate + 1
+
+
+@pytest.mark.slow
+def test_the_same_inputs_in_s3_give_the_same_samples(finished: Finished, tmp_path: Path, monkeypatch: Any) -> None:
+    server = Server()
+    try:
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("S3_ENDPOINT_URL", server.endpoint),
+        ):
+            monkeypatch.setenv(name, value)
+        server.client.create_bucket(Bucket="media")
+        inputs = finished.yaml.parent / "in"
+        for path in inputs.iterdir():
+            server.client.put_object(Bucket="media", Key=f"in/{path.name}", Body=path.read_bytes())
+        done = execute(command(finished.yaml, "inputs=[s3://media/in]", f"output={tmp_path / 'out'}"), tmp_path)
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.process.kill()
+        server.process.wait()
+    assert content(tmp_path / "out") == content(finished.output)
+    keys = ["key", "fate", "reason", "clips"]
+    remote, local = (pq.read_table(folder / "items.parquet", columns=keys) for folder in (tmp_path / "out", finished.output))
+    assert sorted(map(str, remote.to_pylist())) == sorted(map(str, local.to_pylist()))
 
 
 @pytest.mark.slow
