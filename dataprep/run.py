@@ -2,9 +2,9 @@
 
 The only file that knows Spark, but for daemon.py, where its workers come from. Stages, with what they read and leave:
 
-    list      inputs                 -> items.parquet, a row group per partition     here, names and headers only
+    list      inputs                 -> items.parquet, by partitions                 here, names and headers only
               an earlier output      -> what of them is new or changed since         here
-    prepare   a row group, the media -> a committed part: shards and accounts        a Spark task per partition
+    prepare   a group, the media     -> a committed part: shards and accounts        a Spark task per partition
     gather    all parts, its pool    -> the pool of all decoded clips                here, moves, links, small files
     select    the pool               -> datasets with index, manifest and accounts   here, links; copies of some shards
     report    accounts, some samples -> report.html                                  here
@@ -104,7 +104,7 @@ class Work:
     """What of a job is to be done."""
 
     items: int  # to be prepared
-    parts: range  # a row group of the work folder's items.parquet each
+    parts: range  # a group of the work folder's items.parquet each
     workspace: Path
     base: Path | None  # a pool that has the other items
 

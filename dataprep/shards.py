@@ -3,7 +3,8 @@
 While a job runs, everything is in a work folder beside the output, named after what the job is to produce::
 
     OUTPUT.tmp-DIGEST/
-      items.parquet               the list of inputs, one row group per partition
+      items.parquet               the list of what is to be prepared, by partitions
+      listing.parquet             that of all inputs, where an earlier output has some of them
       attempts/ID/                what a running task writes
       parts/part-00007/           a finished task: its attempt, renamed
       finished/pool/              all parts together: every clip that was decoded, and tables of items and clips
