@@ -1,30 +1,36 @@
-"""Compare the clips of a sampling job with real ones: FID, FVD, inception score, CLIPSIM.
+"""Compare the clips of a sampling job with real ones: FID, FVD, CLIP-FID, inception score, CLIPSIM.
 
-``python -m pipelines.evaluate yamls/evaluate.yaml generated=runs/samples reference=data/shards/stage1/videos``. Writes
-evaluation.json beside the clips, and logs to MLflow if asked to. Sums over the real clips are kept, and not computed again.
+``python -m pipelines.evaluate yamls/evaluate.yaml generated=runs/samples reference=data/shards/stage1/videos``, or
+``composer -n N pipelines/evaluate.py ...`` to share the clips among N. Writes evaluation.json beside the clips, and logs
+to MLflow if asked to. Sums over the real clips are kept, and not computed again.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from mlflow import MlflowClient
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from streaming import LocalDataset
-from torch import Tensor
-from tqdm import tqdm
+# Composer's launcher puts pipelines/ first on the path, where a file of ours could shadow a library.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from model import command, config, media, registry
-from model.config import UserError
-from model.data.samples import View, decode_sample, derived_seed
-from model.data.shards import open_source
-from model.registry import TrackingConfig
-from pipelines.metrics import ClipSimilarity, Extractor, ExtractorConfig, Frechet, inception_score
+import torch  # noqa: E402
+from mlflow import MlflowClient  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from streaming import LocalDataset  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from model import command, config, media, registry  # noqa: E402
+from model.config import UserError  # noqa: E402
+from model.data.samples import View, decode_sample, derived_seed  # noqa: E402
+from model.data.shards import open_source  # noqa: E402
+from model.registry import TrackingConfig  # noqa: E402
+from pipelines.metrics import ClipSimilarity, Extractor, ExtractorConfig, Frechet, inception_score  # noqa: E402
+from pipelines.ranks import Ranks, default_device  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,18 @@ class ClipModelConfig:
 
 
 @dataclass(frozen=True)
+class PublishedConfig:
+    """A line of a published table, to be shown beside."""
+
+    system: str
+    fid: float | None = None
+    fvd: float | None = None
+    clip_fid: float | None = None
+    inception_score: float | None = None
+    clipsim: float | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What to compare, by what. A metric whose extractor is null is left out."""
 
@@ -43,11 +61,13 @@ class EvaluateConfig:
     reference: str | None = None  # dataset of real clips, for fid and fvd
     fid: ExtractorConfig | None = None  # features of images
     fvd: ExtractorConfig | None = None  # features of videos
+    clip_fid: ExtractorConfig | None = None  # features of images by CLIP
     inception: ExtractorConfig | None = None  # class scores, of images or videos
     clip: ClipModelConfig | None = None
     frames: int = 16  # of a clip that are seen, from its first on
     frame_rate: float = 24.0  # of the real clips; must be that of the generated ones
     image_frames: int = 1  # of these, evenly spaced, that extractors of images see
+    square: bool = False  # cut out the square in the middle of both sets' frames
     splits: int = 10  # of the inception score
     limit: int | None = None  # clips of each set; None: all
     batch: int = 16
@@ -55,15 +75,22 @@ class EvaluateConfig:
     device: str | None = None  # None: a GPU if there is one
     tracking: TrackingConfig | None = None  # where to log the result; None: nowhere
     seed: int = 0  # of the windows drawn from the real clips
+    published: tuple[PublishedConfig, ...] = ()  # to show beside the result
 
     def __post_init__(self) -> None:
         for name in ("frames", "image_frames", "splits", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not any((self.fid, self.fvd, self.inception, self.clip)):
-            raise ValueError("name an extractor: fid, fvd, inception or clip")
-        if (self.fid or self.fvd) and self.reference is None:
-            raise ValueError("fid and fvd compare with real clips: name a reference")
+        if not any((*self.distances.values(), self.inception, self.clip)):
+            raise ValueError("name an extractor: fid, fvd, clip_fid, inception or clip")
+        if self.distances and self.reference is None:
+            raise ValueError(f"{', '.join(self.distances)} compare with real clips: name a reference")
+
+    @property
+    def distances(self) -> dict[str, ExtractorConfig]:
+        """The extractors of those metrics that compare with real clips."""
+        named = {"fid": self.fid, "fvd": self.fvd, "clip_fid": self.clip_fid}
+        return {name: extractor for name, extractor in named.items() if extractor is not None}
 
 
 @dataclass(frozen=True)
@@ -85,26 +112,29 @@ def evaluate(c: EvaluateConfig) -> None:
     Raises:
         UserError: clips, real ones or extractors that are missing or do not fit.
     """
-    device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = Ranks.join()
+    device = c.device or default_device()
     folder = Path(c.generated)
     listed = _listed(folder, c)
-    distances = [_Distance(name, Extractor(e, device), c) for name, e in (("fid", c.fid), ("fvd", c.fvd)) if e is not None]
+    distances = [_Distance(name, Extractor(extractor, device), c) for name, extractor in c.distances.items()]
     measures: list[_Distance | _Scores | _Similarity] = [*distances]
     if c.inception is not None:
         measures.append(_Scores(Extractor(c.inception, device), c))
     if c.clip is not None:
         measures.append(_Similarity(c.clip, c, device))
-    missing = [distance for distance in distances if not distance.take_up()]
+    missing = [distance for distance in distances if not distance.take_up(ranks)]
     if missing:
-        for frames in _real(c):
+        for frames in _real(c, ranks):
             for distance in missing:
                 distance.add_real(frames)
         for distance in missing:
-            distance.keep()
-    for frames, captions in _generated(folder, listed, c):
+            distance.keep(ranks)
+    for numbers, frames, captions in _generated(folder, listed, c, ranks):
         for measure in measures:
-            measure.add(frames, captions)
-    _report(c, folder, [measure.result() for measure in measures])
+            measure.add(numbers, frames, captions)
+    results = [measure.result(ranks, len(listed)) for measure in measures]
+    if ranks.rank == 0:
+        _report(c, folder, results)
 
 
 def _listed(folder: Path, c: EvaluateConfig) -> list[dict[str, Any]]:
@@ -117,36 +147,54 @@ def _listed(folder: Path, c: EvaluateConfig) -> list[dict[str, Any]]:
     return list(clips[: c.limit])
 
 
-def _generated(folder: Path, listed: list[dict[str, Any]], c: EvaluateConfig) -> Iterator[tuple[Tensor, list[str]]]:
-    """The generated clips, (N, T, H, W, C) uint8, with their captions.
+def _generated(
+    folder: Path, listed: list[dict[str, Any]], c: EvaluateConfig, ranks: Ranks
+) -> Iterator[tuple[range, Tensor, list[str]]]:
+    """This process's generated clips: their numbers in the list, (N, T, H, W, C) uint8, and their captions.
 
     Raises:
         UserError: one is missing, shorter, or of another frame rate.
     """
-    for start in tqdm(range(0, len(listed), c.batch), "generated clips", unit="batch"):
-        part = listed[start : start + c.batch]
+    for numbers in _share(len(listed), c, ranks, "generated clips"):
+        part = [listed[number] for number in numbers]
         clips = [media.read_video(folder / Path(entry["file"]).name, c.frames) for entry in part]
         for entry, clip in zip(part, clips, strict=True):
             if len(clip.frames) < c.frames or abs(clip.frame_rate - c.frame_rate) > 0.01:
                 found = f"{len(clip.frames)} frames at {clip.frame_rate:g} per second"
                 raise UserError(f"{entry['file']}: {found}, but the config asks for {c.frames} at {c.frame_rate:g}")
-        yield torch.stack([torch.from_numpy(clip.frames) for clip in clips]), [entry["prompt"] for entry in part]
+        frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
+        yield numbers, _cut(frames, c), [entry["prompt"] for entry in part]
 
 
-def _real(c: EvaluateConfig) -> Iterator[Tensor]:
-    """Clips of the reference, (N, T, H, W, C) uint8; which part of a long one is seen is drawn from the seed."""
+def _share(count: int, c: EvaluateConfig, ranks: Ranks, title: str) -> Iterator[range]:
+    """Numbers below ``count`` in batches, of this process; each process has every ``world``-th one."""
+    mine = range(ranks.rank, count, ranks.world)
+    for start in tqdm(range(0, len(mine), c.batch), title, unit="batch", disable=ranks.rank > 0):
+        yield mine[start : start + c.batch]
+
+
+def _cut(frames: Tensor, c: EvaluateConfig) -> Tensor:
+    """(N, T, H, W, C), or the square in its middle."""
+    if not c.square:
+        return frames
+    side = min(frames.shape[2:4])
+    top, left = ((length - side) // 2 for length in frames.shape[2:4])
+    return frames[:, :, top : top + side, left : left + side]
+
+
+def _real(c: EvaluateConfig, ranks: Ranks) -> Iterator[Tensor]:
+    """This process's clips of the reference, (N, T, H, W, C) uint8; which part of a long one is seen is drawn from the seed."""
     source = open_source(str(c.reference), None)
     text_config = source.manifest.text
     view = View(c.frames, (c.frame_rate,), text_config.width, text_config.max_tokens, c.seed)
     rows = LocalDataset(str(source.folder))
     count = min(len(rows), c.limit or len(rows))
-    for start in tqdm(range(0, count, c.batch), "real clips", unit="batch"):
+    for numbers in _share(count, c, ranks, "real clips"):
         try:
-            numbers = range(start, min(start + c.batch, count))
             samples = [decode_sample(rows[n], source.manifest, view, derived_seed(c.seed, n)) for n in numbers]
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{source.location}: {error}") from error
-        yield torch.stack([sample.frames for sample in samples])
+        yield _cut(torch.stack([sample.frames for sample in samples]), c)
 
 
 def _seen(extractor: Extractor, frames: Tensor, c: EvaluateConfig) -> Tensor:
@@ -158,33 +206,33 @@ def _seen(extractor: Extractor, frames: Tensor, c: EvaluateConfig) -> Tensor:
 
 
 class _Distance:
-    """FID or FVD."""
+    """A Frechet distance: FID, FVD or CLIP-FID."""
 
     def __init__(self, name: str, extractor: Extractor, c: EvaluateConfig) -> None:
         self.name, self.extractor, self.c = name, extractor, c
         self.cached = Path(c.cache, f"{name}-{_reference_key(extractor, c)}.safetensors")
         self.distance: Frechet | None = None
 
-    def take_up(self) -> bool:
-        """The sums over the real clips from an earlier job; whether there are any."""
-        sums = _cached(self.cached)
+    def take_up(self, ranks: Ranks) -> bool:
+        """The sums over the real clips from an earlier job, on the first process; whether there are any."""
+        sums = _cached(self.cached) if ranks.rank == 0 else None
         if sums is not None:
             self.distance = Frechet(len(sums["real_features_sum"]))
             self.distance.restore(sums)
-        return sums is not None
+        return bool(ranks.most(sums is not None))
 
-    def keep(self) -> None:
-        """Keep the sums over the real clips."""
-        if self.distance is None:
-            raise UserError(f"{self.c.reference}: holds no clips")
-        self.cached.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.distance.reference(), self.cached)
+    def keep(self, ranks: Ranks) -> None:
+        """Keep the sums over the real clips of all processes, on the first one."""
+        self._require(ranks, f"{self.c.reference}: holds no clips").add_up(ranks.add, real=True)
+        if ranks.rank == 0 and self.distance is not None:
+            self.cached.parent.mkdir(parents=True, exist_ok=True)
+            save_file(self.distance.reference(), self.cached)
 
     def add_real(self, frames: Tensor) -> None:
         self._add(frames, real=True)
 
-    def add(self, frames: Tensor, captions: list[str]) -> None:
-        del captions
+    def add(self, numbers: range, frames: Tensor, captions: list[str]) -> None:
+        del numbers, captions
         self._add(frames, real=False)
 
     def _add(self, frames: Tensor, real: bool) -> None:
@@ -192,12 +240,43 @@ class _Distance:
         self.distance = self.distance or Frechet(features.shape[1])
         self.distance.add(features, real)
 
-    def result(self) -> Result:
-        assert self.distance is not None
-        counts = [int(getattr(self.distance.metric, f"{which}_features_num_samples")) for which in ("fake", "real")]
+    def _require(self, ranks: Ranks, otherwise: str) -> Frechet:
+        """The distance, also in a process that had no clip."""
+        width = ranks.most(self.distance.features if self.distance else 0)
+        if not width:
+            raise UserError(otherwise)
+        self.distance = self.distance or Frechet(width)
+        return self.distance
+
+    def result(self, ranks: Ranks, clips: int) -> Result:
+        del clips
+        distance = self._require(ranks, f"{self.name}: no clips")
+        distance.add_up(ranks.add, real=False)
+        if ranks.rank > 0:
+            return Result(self.name, 0.0, None, 0, 0, "", "")  # the first process has the real clips' sums
+        counts = [int(getattr(distance.metric, f"{which}_features_num_samples")) for which in ("fake", "real")]
         if min(counts) < 2:
             raise UserError(f"{self.name}: {counts[0]} generated and {counts[1]} real samples; it needs two of each")
-        return Result(self.name, self.distance.value(), None, counts[0], counts[1], *_described(self.extractor, self.c))
+        return Result(self.name, distance.value(), None, counts[0], counts[1], *_described(self.extractor, self.c))
+
+
+class _Gathered:
+    """Numbers of each clip, in the order of the clips whichever process had them."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Tensor] = {}
+
+    def add(self, numbers: range, values: Tensor) -> None:
+        """(N, K, F) of N clips."""
+        self.rows.update(zip(numbers, values, strict=True))
+
+    def all(self, ranks: Ranks, clips: int) -> Tensor:
+        """(clips, K, F) of all processes."""
+        shape = next((row.shape for row in self.rows.values()), (0, 0))
+        table = torch.zeros(clips, *(ranks.most(length) for length in shape))
+        for number, row in self.rows.items():
+            table[number] = row
+        return ranks.add(table)
 
 
 class _Scores:
@@ -205,14 +284,14 @@ class _Scores:
 
     def __init__(self, extractor: Extractor, c: EvaluateConfig) -> None:
         self.extractor, self.c = extractor, c
-        self.logits: list[Tensor] = []
+        self.logits = _Gathered()
 
-    def add(self, frames: Tensor, captions: list[str]) -> None:
+    def add(self, numbers: range, frames: Tensor, captions: list[str]) -> None:
         del captions
-        self.logits.append(self.extractor(_seen(self.extractor, frames, self.c)))
+        self.logits.add(numbers, self.extractor(_seen(self.extractor, frames, self.c)).unflatten(0, (len(numbers), -1)))
 
-    def result(self) -> Result:
-        logits = torch.cat(self.logits)
+    def result(self, ranks: Ranks, clips: int) -> Result:
+        logits = self.logits.all(ranks, clips).flatten(0, 1)
         if len(logits) < self.c.splits:
             raise UserError(f"{len(logits)} samples do not split into {self.c.splits}: lower splits")
         mean, spread = inception_score(logits, self.c.splits)
@@ -225,22 +304,26 @@ class _Similarity:
     def __init__(self, model: ClipModelConfig, c: EvaluateConfig, device: str) -> None:
         self.similarity = ClipSimilarity(model.path, model.revision, device)
         self.model = f"{model.path} ({self.similarity.revision})"
-        self.detail = f"{c.frames} frames, the model's own scaling"
-        self.values: list[Tensor] = []
+        self.detail = f"{c.frames} frames{_shape(c)}, the model's own scaling"
+        self.values = _Gathered()
 
-    def add(self, frames: Tensor, captions: list[str]) -> None:
-        self.values.append(self.similarity(frames, captions))
+    def add(self, numbers: range, frames: Tensor, captions: list[str]) -> None:
+        self.values.add(numbers, self.similarity(frames, captions)[:, None, None])
 
-    def result(self) -> Result:
-        values = torch.cat(self.values)
+    def result(self, ranks: Ranks, clips: int) -> Result:
+        values = self.values.all(ranks, clips).flatten()
         return Result("clipsim", float(values.mean()), None, len(values), None, self.model, self.detail)
+
+
+def _shape(c: EvaluateConfig) -> str:
+    return ", squares in the middle" if c.square else ""
 
 
 def _reference_key(extractor: Extractor, c: EvaluateConfig) -> str:
     """What the sums over the real clips depend on."""
     folder = open_source(str(c.reference), None).folder
     files = b"\0".join((folder / name).read_bytes() for name in ("manifest.json", "index.json"))
-    settings = [asdict(extractor.config) | {"path": ""}, c.frames, c.frame_rate, c.image_frames, c.limit, c.seed]
+    settings = [asdict(extractor.config) | {"path": ""}, c.frames, c.frame_rate, c.image_frames, c.square, c.limit, c.seed]
     return hashlib.sha256(files + json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -255,7 +338,7 @@ def _described(extractor: Extractor, c: EvaluateConfig) -> tuple[str, str]:
     e = extractor.config
     size = "its own scaling" if e.size is None else f"scaled to {e.size[0]}x{e.size[1]}, bilinear, antialiased"
     count = c.frames if e.kind == "video" else c.image_frames
-    return f"{e.path} ({e.sha256[:12]})", f"{count} frame{'s' if count != 1 else ''} of each clip, {size}"
+    return f"{e.path} ({e.sha256[:12]})", f"{count} frame{'s' if count != 1 else ''} of each clip{_shape(c)}, {size}"
 
 
 def _report(c: EvaluateConfig, folder: Path, results: list[Result]) -> None:
@@ -266,6 +349,8 @@ def _report(c: EvaluateConfig, folder: Path, results: list[Result]) -> None:
         spread = "" if r.spread is None else f" +- {r.spread:.3f}"
         against = "" if r.reference_samples is None else f" against {r.reference_samples} real"
         print(f"{r.metric:16}{r.value:12.4f}{spread}   {r.samples} samples{against}; {r.detail}; {r.extractor}")
+    if c.published:
+        print(beside(results, c.published))
     print(f"written to {path}")
     if c.tracking is not None:
         client = MlflowClient(c.tracking.uri)
@@ -275,6 +360,18 @@ def _report(c: EvaluateConfig, folder: Path, results: list[Result]) -> None:
         client.log_text(run.info.run_id, path.read_text(encoding="utf-8"), "evaluation.json")
         client.set_terminated(run.info.run_id)
         print(f"logged to MLflow at {c.tracking.uri}, run {run.info.run_id}")
+
+
+def beside(results: list[Result], published: tuple[PublishedConfig, ...]) -> str:
+    """A table of the metrics measured, with published ones below."""
+    names = [result.metric for result in results]
+    rows = [("this run", [result.value for result in results])]
+    rows += [(line.system, [getattr(line, name) for name in names]) for line in published]
+    width = max(len(system) for system, _ in rows)
+    lines = [f"{'':{width}}" + "".join(f"{name:>17}" for name in names)]
+    for system, values in rows:
+        lines.append(f"{system:{width}}" + "".join(f"{'-':>17}" if value is None else f"{value:17.4g}" for value in values))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Shapes: N clips of T frames, F features or classes; frames are (N, T, H, W, C) u
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +85,13 @@ class Frechet:
     """Frechet distance between the Gaussians of two sets of features (FID, FVD)."""
 
     def __init__(self, features: int) -> None:
-        self.metric = FrechetInceptionDistance(feature=_AsIs(features))
+        self.features = features
+        self.metric = FrechetInceptionDistance(feature=_AsIs(features), sync_on_compute=False)  # add_up does
+
+    def add_up(self, over_processes: Callable[[Tensor], Tensor], real: bool) -> None:
+        """Make one of the sets' sums those of all processes."""
+        for name in _SUMS:
+            over_processes(getattr(self.metric, f"{'real' if real else 'fake'}_{name}"))
 
     def add(self, features: Tensor, real: bool) -> None:
         """(N, F) features of one of the sets."""
@@ -105,7 +111,8 @@ class Frechet:
             setattr(self.metric, name, sums[name])
 
 
-_REAL = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
+_SUMS = ("features_sum", "features_cov_sum", "features_num_samples")
+_REAL = tuple(f"real_{name}" for name in _SUMS)
 
 
 class _AsIs(nn.Module):
@@ -121,9 +128,10 @@ class _AsIs(nn.Module):
 
 def inception_score(logits: Tensor, splits: int) -> tuple[float, float | None]:
     """Of (N, F) class scores: exp of the mean divergence from the mean distribution; its mean and spread over splits."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # it shuffles before it splits
         warnings.simplefilter("ignore", UserWarning)  # that it keeps the scores, and that one split has no spread
-        metric = InceptionScore(feature=_AsIs(logits.shape[1]), splits=splits)
+        metric = InceptionScore(feature=_AsIs(logits.shape[1]), splits=splits, sync_on_compute=False)
         metric.update(logits)
         mean, spread = metric.compute()
     return float(mean), float(spread) if splits > 1 else None

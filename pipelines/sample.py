@@ -6,12 +6,10 @@ prompt, a contact sheet, and samples.json with prompts, seeds and model versions
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,12 +20,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 import av  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, UnidentifiedImageError  # noqa: E402
-from torch import distributed  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from model import command, config, media  # noqa: E402
 from model.config import RunError, UserError  # noqa: E402
 from pipelines.cascade import Cascade, CascadeConfig, Progress  # noqa: E402
+from pipelines.prompts import apportion, of_dataset, of_file  # noqa: E402
+from pipelines.ranks import Ranks, default_device  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class SampleConfig:
     output: str = "runs/samples"
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     prompts_file: str | None = None  # more prompts, one a line
+    prompts_from: str | None = None  # a data set whose clips' captions are prompts too
+    number: int | None = None  # of clips: prompts in the proportions in which they are given; None: one for each
     given: tuple[GivenConfig, ...] = ()
     seed: int = 0  # the n-th prompt gets seed + n
     batch: int = 4  # clips sampled at once
@@ -71,10 +72,8 @@ def sample(c: SampleConfig) -> None:
     """
     clips = _clips(c)
     given = read_given(c.given, c.cascade.frames)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        # They share nothing but the end, which may be days apart.
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    ranks = Ranks.join()
+    rank, world = ranks.rank, ranks.world
     cascade = Cascade(c.cascade, c.device or default_device())
     told = made_by(cascade, c.cascade, given)
     Path(c.output).mkdir(parents=True, exist_ok=True)
@@ -89,8 +88,7 @@ def sample(c: SampleConfig) -> None:
             for clip, frames in zip(part, made.high, strict=True):
                 _write(clip, frames, c.cascade.frame_rate, told)
                 bar.update()
-    if world > 1:
-        distributed.barrier()
+    ranks.wait()
     if rank == 0:
         _finish(c, clips, told)
 
@@ -98,14 +96,16 @@ def sample(c: SampleConfig) -> None:
 def _clips(c: SampleConfig) -> list[Clip]:
     prompts = list(c.prompts)
     if c.prompts_file:
-        try:
-            prompts += Path(c.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts_file: {c.prompts_file}: {error}") from error
+        prompts += of_file(c.prompts_file)
+    if c.prompts_from:
+        prompts += of_dataset(c.prompts_from)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("prompts: give at least one, and none empty")
-    if c.batch < 1 or c.sheet < 1:
-        raise UserError(f"batch and sheet must be at least 1, got {c.batch} and {c.sheet}")
+    for name in ("batch", "sheet", "number"):
+        if (value := getattr(c, name)) is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if c.number is not None:
+        prompts = apportion(prompts, c.number)
     digits = max(3, len(str(len(prompts) - 1)))
     return [Clip(p, c.seed + n, Path(c.output, f"{n:0{digits}d}-{slug(p)}.mp4")) for n, p in enumerate(prompts)]
 
@@ -138,11 +138,6 @@ def _pictures(path: str) -> list[Image.Image]:
         return [Image.fromarray(frame) for frame in media.read_video(path, 1000).frames]
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"given: {path}: not a readable picture: {error}") from error
-
-
-def default_device() -> str:
-    """A GPU if there is one: of several processes, each its own."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _digest(data: bytes) -> str:

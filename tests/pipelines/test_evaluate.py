@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from model.config import UserError
 from model.data import schema
 from model.data.schema import Manifest, TextManifest
 from model.registry import TrackingConfig
-from pipelines.evaluate import ClipModelConfig, EvaluateConfig, evaluate
+from pipelines.evaluate import ClipModelConfig, EvaluateConfig, PublishedConfig, evaluate
 from pipelines.metrics import ClipSimilarity, ExtractorConfig
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +131,64 @@ def test_distances_tell_right_clips_from_wrong_ones(
     kept[0].write_bytes(b"cut short")
     evaluate(replace(job, tracking=None))
     assert results(right)["fid"]["value"] == pytest.approx(good["fid"]["value"], rel=1e-9)
+
+
+def test_two_processes_measure_what_one_does(
+    reference: Path, extractor: ExtractorConfig, clip_folder: Path, generated: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = generated("red", "green", "blue")
+    job = EvaluateConfig(
+        str(folder),
+        str(reference),
+        fid=extractor,
+        clip_fid=replace(extractor, size=(8, 8)),
+        inception=extractor,
+        clip=ClipModelConfig(str(clip_folder)),
+        frames=4,
+        splits=2,
+        batch=4,
+        limit=11,  # an odd number: the second process has one clip less
+        cache=str(tmp_path / "cache"),
+        device="cpu",
+    )
+    evaluate(job)
+    one = results(folder)
+    (tmp_path / "job.yaml").write_text(config.to_yaml(job))
+    launcher = str(Path(sys.executable).with_name("composer"))
+    for cache in ("elsewhere", "elsewhere", "cache"):  # the real clips' sums made together, then taken up
+        (folder / "evaluation.json").unlink()
+        overrides = [str(tmp_path / "job.yaml"), f"cache={tmp_path}/{cache}"]
+        subprocess.run([launcher, "-n", "2", "pipelines/evaluate.py", *overrides], cwd=ROOT, check=True, timeout=300)
+        two = results(folder)
+        assert list(two) == ["fid", "clip_fid", "inception_score", "clipsim"]
+        for name, entry in one.items():
+            assert two[name]["value"] == pytest.approx(entry["value"], rel=1e-4, abs=1e-6), name
+            assert (two[name]["samples"], two[name]["reference_samples"]) == (entry["samples"], entry["reference_samples"])
+
+
+def test_squares_are_cut_from_the_middle(
+    reference: Path, extractor: ExtractorConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clips whose left and right edges are wrong, but not the square in the middle."""
+    folder = tmp_path / "job"
+    folder.mkdir()
+    for number in range(12):
+        frames = picture(list(COLOURS)[number % 3], number, 4).copy()
+        frames[:, :, :4] = frames[:, :, -4:] = 255
+        media.write_mp4(folder / f"{number}.mp4", frames, 24.0)
+    records = [{"file": f"{number}.mp4", "prompt": "red", "seed": number} for number in range(12)]
+    (folder / "samples.json").write_text(json.dumps({"clips": records}))
+    published = (PublishedConfig("another system", fid=12.5, clipsim=0.25),)
+    cache = str(tmp_path / "cache")
+    job = EvaluateConfig(str(folder), str(reference), fid=extractor, frames=4, cache=cache, device="cpu", published=published)
+    evaluate(job)
+    whole = results(folder)["fid"]["value"]
+    evaluate(replace(job, square=True))
+    assert results(folder)["fid"]["value"] < 0.02 * whole
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "sums over squares are others"
+    shown = capsys.readouterr().out
+    assert "1 frame of each clip, squares in the middle, its own scaling" in shown
+    assert "another system" in shown and "12.5" in shown and "0.25" not in shown  # clipsim was not measured
 
 
 @pytest.fixture(scope="module")

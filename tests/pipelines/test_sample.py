@@ -185,6 +185,8 @@ def test_stages_that_do_not_belong_together_are_refused(
         (["prompts=[a]", "cascade.stage1=models:/none@best"], "models:/none@best"),
         (["prompts=[a]", "given=[{path: nowhere.png}]"], "given: no such file: nowhere.png"),
         (["prompts_file=nowhere.txt"], "nowhere.txt"),
+        (["prompts_from=nowhere"], "nowhere"),
+        (["prompts=[a]", "number=0"], "number must be at least 1, got 0"),
         (["prompts=[a]", "cascade.hierarchy=[7]"], "hierarchy [7.0] must rise"),
         (["prompts=[a]", "cascade.stage1_sampler.steps=0"], "steps must be at least 1"),
     ],

@@ -1,0 +1,48 @@
+"""Where the prompts of a sampling job come from: a list, a file, the captions of a data set; and how often each is taken."""
+
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from streaming import LocalDataset
+
+from model.config import UserError
+from model.data.shards import open_source
+
+
+def of_file(path: str) -> list[str]:
+    """One prompt a line.
+
+    Raises:
+        UserError: not a readable text in UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts_file: {path}: {error}") from error
+
+
+def of_dataset(location: str) -> list[str]:
+    """The captions of a data set, one for each of its clips, in their order."""
+    rows = LocalDataset(str(open_source(location, None).folder))
+    return [rows[number]["caption"] for number in range(len(rows))]
+
+
+def apportion(prompts: Sequence[str], number: int) -> list[str]:
+    """``number`` prompts in the proportions of ``prompts``, evenly mixed, so that any part from the start on is alike.
+
+    Each distinct prompt gets its share rounded down; what then lacks goes to the largest remainders, the first ones among equals.
+    """
+    counts = Counter(prompts)
+    shares = {prompt: Fraction(count * number, len(prompts)) for prompt, count in counts.items()}
+    taken = {prompt: int(share) for prompt, share in shares.items()}
+    lacking = number - sum(taken.values())
+    for prompt in sorted(shares, key=lambda prompt: taken[prompt] - shares[prompt])[:lacking]:
+        taken[prompt] += 1
+    places = [
+        (Fraction(2 * k + 1, count), order, prompt)
+        for order, (prompt, count) in enumerate(taken.items())
+        for k in range(count)
+    ]  # fmt: skip
+    return [prompt for _, _, prompt in sorted(places)]
