@@ -1,5 +1,6 @@
 """The studio's addresses: Gradio's page, and beside it clips and tables. Nothing is loaded from elsewhere."""
 
+import logging
 import os
 import re
 import threading
@@ -33,6 +34,7 @@ PAGE = r"config|theme\.css|(assets|static|svelte)/.+|favicon\.ico|manifest\.json
 CALLS = r"gradio_api/(info|queue/(join|data)|heartbeat/\w+|reset|cancel|call/.+|startup-events|app_id|token|theme\.css)"
 KNOWN = re.compile(rf"/(({OWN}|{PAGE}|{CALLS})/?)?")
 ELSEWHERE = re.compile(rb"<(link|meta)\b[^>]*https?://[^>]*>|<script\b[^>]*https?://[^>]*>\s*</script>")
+END_SECONDS = 10  # that a job has to come to its next step; what it was making is lost either way
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -131,7 +133,7 @@ def _file(path: Path | None) -> FileResponse:
 
 
 class Server(uvicorn.Server):
-    """Says where it is once it can be reached."""
+    """Says where it is once it can be reached, and ends without a stack trace for each page that is open."""
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         await super().startup(sockets)  # type: ignore[arg-type]
@@ -139,6 +141,10 @@ class Server(uvicorn.Server):
             port = self.servers[0].sockets[0].getsockname()[1]
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
             print(f"studio: http://{host}:{port}   (Ctrl-C ends it; clips are in the history)", flush=True)
+
+    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)  # type: ignore[arg-type]
 
 
 def server(studio: Studio) -> Server:
@@ -155,9 +161,14 @@ def serve(c: StudioConfig) -> None:
     """
     studio = Studio(c)
     try:
+        app = server(studio)
         try:
-            server(studio).run()
+            app.run()
         except SystemExit as error:  # uvicorn has logged why
+            if app.started:  # and is being ended
+                raise KeyboardInterrupt from error
             raise UserError(f"no server at {c.host}:{c.port}: see above; another port is port=0, any free one") from error
     finally:
-        threading.Thread(target=studio.close, daemon=True).start()
+        closing = threading.Thread(target=studio.close, daemon=True)
+        closing.start()
+        closing.join(END_SECONDS)

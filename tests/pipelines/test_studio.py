@@ -1,6 +1,7 @@
 """The running studio over HTTP, as a browser and Gradio's own client ask it: a real cascade from a real registry."""
 
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from gradio_client import Client
 from studio_app import HOSTILE, running, write_job, write_shards
 
 from model import command, media, registry
+from model.config import UserError
 from model.registry import PublishConfig, TrackingConfig
 from pipelines.cascade import CascadeConfig
 from pipelines.studio.server import HEADERS, serve
@@ -234,3 +236,12 @@ def test_what_cannot_be_opened_is_told_in_one_line(
     if not overrides:
         assert "run `make demo`" in error
     assert not os.path.lexists(tmp_path / "none.db")
+
+
+def test_a_port_that_is_taken_is_told(config: StudioConfig) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"no server at 127.0.0.1:{port}"):
+            serve(replace(config, port=port))
