@@ -6,27 +6,31 @@ lowest value so far. Prints the largest, and with ``--figure`` draws the curve. 
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import cpu_memory
+# Python puts bench/ first on the path, where bench/dataprep.py would shadow the package.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from model import cpu_memory  # noqa: E402
 
 if __name__ == "__main__":
     cpu_memory.tune()  # may start the process afresh, so before the slow imports
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from dataprep import scenes
-from model.codec import PixelCodecConfig, from_pixels
-from model.denoiser import Denoiser, ModelConfig
-from model.diffusion.edm import DiffusionConfig
-from model.lamb import LAMB, LAMBConfig
-from model.networks.fit.config import FITConfig
+from dataprep import scenes  # noqa: E402
+from model.codec import PixelCodecConfig, from_pixels  # noqa: E402
+from model.denoiser import Denoiser, ModelConfig  # noqa: E402
+from model.diffusion.edm import DiffusionConfig  # noqa: E402
+from model.lamb import LAMB, LAMBConfig  # noqa: E402
+from model.networks.fit.config import FITConfig  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH, TEXT_WIDTH, TEXT_TOKENS = 8, 18, 32, 32, 4
 

@@ -5,6 +5,7 @@ shards of all parameters at once, and one all-reduce per step makes them whole.
 """
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from torch.distributed.tensor.placement_types import Shard
 from torch.optim import Optimizer
 
 CHUNK = 2**24  # numbers
-CPU_PIECE = 2**18  # numbers
 
 
 def check_rates(lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -102,7 +102,7 @@ class LAMB(Optimizer):
                 for name in ("exp_avg", "exp_avg_sq"):
                     self.state[p][name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         weights = [local_shard(p) for p in params]
-        updates = self._updates(params, weights, group)
+        updates = self._updates(params, weights, group)  # with a minus
         weight_norms, update_norms = whole_norms(params, weights, updates)
         ratios = weight_norms.clamp(max=group["max_weight_norm"]) / update_norms
         ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
@@ -110,46 +110,35 @@ class LAMB(Optimizer):
         for chunk in _chunks(weights):
             raised = _raised(weights[chunk])
             # In one pass; none of it reads a ratio back to the host.
-            torch._foreach_addcmul_(raised, updates[chunk], scales[chunk], value=-float(group["lr"]))
+            torch._foreach_addcmul_(raised, updates[chunk], scales[chunk], value=float(group["lr"]))
             if any(new is not weight for new, weight in zip(raised, weights[chunk], strict=True)):
                 torch._foreach_copy_(weights[chunk], raised)
         return ratios, float(group["lr"]) * ratios * update_norms
 
     def _updates(self, params: list[Tensor], weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Advance the moments; return the updates before the trust ratio, in the gradients' own memory where they are float32."""
+        """Advance the moments; return minus the updates before the trust ratio, in place of float32 gradients."""
         updates = _raised([local_shard(p.grad) for p in params if p.grad is not None])
         first = [local_shard(self.state[p]["exp_avg"]) for p in params]
         second = [local_shard(self.state[p]["exp_avg_sq"]) for p in params]
         beta1, beta2 = group["betas"]
-        pieces = [_pieces(*parts) for parts in zip(updates, first, second, weights, strict=True)]
-        gradients, m, v, w = (list(column) for column in zip(*(piece for part in pieces for piece in part), strict=True))
-        for chunk in _chunks(gradients):
-            torch._foreach_lerp_(m[chunk], gradients[chunk], 1 - beta1)
-            torch._foreach_mul_(v[chunk], beta2)
-            torch._foreach_addcmul_(v[chunk], gradients[chunk], gradients[chunk], 1 - beta2)
-            denominators = torch._foreach_sqrt(v[chunk])
-            torch._foreach_add_(denominators, group["eps"])
-            torch._foreach_copy_(gradients[chunk], m[chunk])
-            torch._foreach_div_(gradients[chunk], denominators)
-            if group["weight_decay"]:
-                torch._foreach_add_(gradients[chunk], _raised(w[chunk]), alpha=group["weight_decay"])
+        # One pass over memory: AdamW's kernel on "weights" of which its decay of 1 at a rate of 1 leaves only minus the update.
+        # After endless steps its bias correction is none.
+        endless = torch.full((), math.inf, device=updates[0].device)
+        torch._fused_adamw_(
+            updates, updates, first, second, [], [endless] * len(updates),
+            amsgrad=False, lr=1.0, beta1=beta1, beta2=beta2, weight_decay=1.0, eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        for chunk in _chunks(weights) if group["weight_decay"] else []:
+            torch._foreach_add_(updates[chunk], _raised(weights[chunk]), alpha=-group["weight_decay"])
         return updates
-
-
-def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of tensors of one shape, piece by piece: on a CPU of a size that its cache holds from one operation to the next."""
-    if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
-        return [tensors]
-    return list(zip(*(tensor.view(-1).split(CPU_PIECE) for tensor in tensors), strict=True))
 
 
 def _chunks(tensors: list[Tensor]) -> list[slice]:
     """Consecutive tensors of about ``CHUNK`` numbers in all: what is needed only in between is held for one chunk at a time."""
     chunks, start, held = [], 0, 0
-    size = CPU_PIECE if tensors[0].device.type == "cpu" else CHUNK
     for i, tensor in enumerate(tensors):
         held += tensor.numel()
-        if held >= size or i + 1 == len(tensors):
+        if held >= CHUNK or i + 1 == len(tensors):
             chunks.append(slice(start, i + 1))
             start, held = i + 1, 0
     return chunks
