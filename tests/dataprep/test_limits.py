@@ -33,7 +33,7 @@ RECIPE = Recipe(
 
 @pytest.fixture
 def trimmed() -> None:
-    """Address space that malloc keeps in hand (a GiB where MALLOC_TOP_PAD_ says so) is given back: what it has, no bound takes."""
+    """Address space that malloc keeps in hand is given back, a GiB where MALLOC_TOP_PAD_ says so: no bound takes what it has."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
