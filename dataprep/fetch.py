@@ -195,12 +195,11 @@ def list_s3(address: str) -> Iterator[tuple[str, Found]]:
         token = {"ContinuationToken": str(found["NextContinuationToken"])}
 
 
-class RemoteFile(io.RawIOBase):
-    """An object as a file, of which only the blocks that are read are fetched; for headers, not for contents."""
+class SizedFile(io.RawIOBase):
+    """Something of known ``size`` that is read at a ``position``; ``readinto`` is left to those who know where the bytes are."""
 
-    def __init__(self, address: str, config: FetchConfig, found: Found) -> None:
-        self._address, self._config, self._found = address, config, found
-        self._position, self._begin, self._block = 0, 0, b""
+    def __init__(self, size: int) -> None:
+        self.size, self.position = size, 0
 
     def readable(self) -> bool:
         return True
@@ -209,26 +208,35 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._position
+        return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._found.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+
+class RemoteFile(SizedFile):
+    """An object as a file, of which only the blocks that are read are fetched; for headers, not for contents."""
+
+    def __init__(self, address: str, config: FetchConfig, found: Found) -> None:
+        super().__init__(found.size)
+        self._address, self._config, self._version = address, config, found.version
+        self._begin, self._block = 0, b""
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        if self._position >= self._found.size:
+        if self.position >= self.size:
             return 0
-        if not self._begin <= self._position < self._begin + len(self._block):
-            length = min(BLOCK, self._found.size - self._position)
+        if not self._begin <= self.position < self._begin + len(self._block):
+            length = min(BLOCK, self.size - self.position)
             try:
-                with fetch(self._address, self._config, self._position, length, self._found.version) as file:
-                    self._begin, self._block = self._position, file.read()
+                with fetch(self._address, self._config, self.position, length, self._version) as file:
+                    self._begin, self._block = self.position, file.read()
             except OSError as error:  # of this machine's disk, not the tar's fault
                 raise Rejected(FAILED, f"{shown(self._address)}: {transfer.one_line(error)}") from error
-        data = self._block[self._position - self._begin :][: len(buffer)]
+        data = self._block[self.position - self._begin :][: len(buffer)]
         buffer[: len(data)] = data
-        self._position += len(data)
+        self.position += len(data)
         return len(data)
 
 

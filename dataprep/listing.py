@@ -96,10 +96,7 @@ def _from_folder(root: Path) -> Iterator[Item]:
     """Media with sidecars, and the tars and manifests in it. What a manifest names is not taken a second time as plain media."""
     with contextlib.closing(DiskSet()) as claimed:
         for path in root.rglob("*.parquet"):
-            if not _manifest_problem(path):
-                for item in _from_manifest(path, str(path), path.parent.absolute()):
-                    if item.media:
-                        claimed.add(item.media.path)
+            _claim(claimed, _manifest_or_reason(path, str(path), str(path), path.parent.absolute()))
         for folder, names in _walk(root):
             files = _Groups(claimed)
             for name in names:
@@ -112,11 +109,7 @@ def _from_folder(root: Path) -> Iterator[Item]:
                 elif path.suffix.lower() == ".tar":
                     yield from _from_tar(path)
                 elif path.suffix.lower() == ".parquet":
-                    problem = _manifest_problem(path)
-                    if problem:
-                        yield _unusable(relative, str(path), "not a manifest", problem)
-                    else:
-                        yield from _from_manifest(path, str(path), path.parent.absolute())
+                    yield from _manifest_or_reason(path, relative, str(path), path.parent.absolute())
                 else:
                     yield from files.add(relative, Span(str(path.absolute()), version=version_of(path)), str(path))
             yield from files.rest()
@@ -127,11 +120,9 @@ def _from_s3(address: str, config: FetchConfig) -> Iterator[Item]:
     with contextlib.closing(DiskSet()) as claimed:
         for name, _ in fetch.list_s3(address):
             if name.lower().endswith(".parquet"):
-                with _fetched(f"{address}/{name}", config) as path:
-                    if not _manifest_problem(path):
-                        for item in _from_manifest(path, f"{address}/{name}", f"{address}/{name}"):
-                            if item.media:
-                                claimed.add(item.media.path)
+                whole = f"{address}/{name}"
+                with _fetched(whole, config) as path:
+                    _claim(claimed, _manifest_or_reason(path, name, whole, whole))
         files = _Groups(claimed)
         for name, found in fetch.list_s3(address):
             whole = f"{address}/{name}"
@@ -142,11 +133,7 @@ def _from_s3(address: str, config: FetchConfig) -> Iterator[Item]:
                 yield from _from_remote_tar(whole, config)
             elif suffix == ".parquet":
                 with _fetched(whole, config) as path:
-                    problem = _manifest_problem(path)
-                    if problem:
-                        yield _unusable(name, whole, "not a manifest", problem)
-                    else:
-                        yield from _from_manifest(path, whole, whole)
+                    yield from _manifest_or_reason(path, name, whole, whole)
             else:
                 yield from files.add(name, Span(whole, version=found.version), whole)
         yield from files.rest()
@@ -298,6 +285,22 @@ def _fetched(address: str, config: FetchConfig) -> Iterator[Path]:
             shutil.copyfileobj(file, copy)
         copy.flush()
         yield Path(copy.name)
+
+
+def _manifest_or_reason(path: Path, name: str, source: str, base: Path | str) -> Iterator[Item]:
+    """What a manifest among other files names, or the one row that says what is wrong with it."""
+    problem = _manifest_problem(path)
+    if problem:
+        yield _unusable(name, source, "not a manifest", problem)
+    else:
+        yield from _from_manifest(path, source, base)
+
+
+def _claim(claimed: DiskSet, items: Iterable[Item]) -> None:
+    """Note which media are named already."""
+    for item in items:
+        if item.media:
+            claimed.add(item.media.path)
 
 
 def _manifest_problem(path: Path) -> str:

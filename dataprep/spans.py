@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dataprep import fetch
-from dataprep.fetch import FetchConfig
+from dataprep.fetch import FetchConfig, SizedFile
 from dataprep.filters import Rejected
 
 
@@ -23,32 +23,19 @@ class Span:
     version: str = ""  # of the file: a changed file is another input; empty: not known
 
 
-class _Window(io.RawIOBase):
+class _Window(SizedFile):
     """A stretch of a file as a file of its own."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
+        super().__init__(size)
         self._file = Path(path).open("rb")  # noqa: SIM115  closed by close()
-        self._offset, self._size, self._position = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
+        self._offset = offset
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = max(0, min(len(buffer), self._size - self._position))
-        self._file.seek(self._offset + self._position)
+        length = max(0, min(len(buffer), self.size - self.position))
+        self._file.seek(self._offset + self.position)
         count = self._file.readinto(memoryview(buffer)[:length]) or 0  # a bytearray's slice would be a copy
-        self._position += count
+        self.position += count
         return count
 
     def close(self) -> None:

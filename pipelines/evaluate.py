@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 # Composer's launcher puts pipelines/ first on the path, where a file of ours could shadow a library.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -20,15 +19,14 @@ import torch  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from streaming import LocalDataset  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from model import command, config, media, registry  # noqa: E402
 from model.config import UserError  # noqa: E402
-from model.data.samples import View, decode_sample, derived_seed  # noqa: E402
 from model.data.shards import open_source  # noqa: E402
 from model.registry import TrackingConfig  # noqa: E402
+from pipelines.clips import Made, RealClips, made  # noqa: E402
 from pipelines.metrics import ClipSimilarity, Extractor, ExtractorConfig, Frechet, inception_score  # noqa: E402
 from pipelines.ranks import Ranks, default_device  # noqa: E402
 
@@ -129,7 +127,7 @@ def evaluate(c: EvaluateConfig) -> None:
                 distance.add_real(frames)
         for distance in missing:
             distance.keep(ranks)
-    for numbers, frames, captions in _generated(folder, listed, c, ranks):
+    for numbers, frames, captions in _generated(listed, c, ranks):
         for measure in measures:
             measure.add(numbers, frames, captions)
     results = [measure.result(ranks, len(listed)) for measure in measures]
@@ -137,19 +135,14 @@ def evaluate(c: EvaluateConfig) -> None:
         _report(c, folder, results)
 
 
-def _listed(folder: Path, c: EvaluateConfig) -> list[dict[str, Any]]:
-    try:
-        clips = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["clips"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not the folder of a finished sampling job: {error}") from error
+def _listed(folder: Path, c: EvaluateConfig) -> list[Made]:
+    clips = made(folder)
     if len(clips) < 2:
         raise UserError(f"{folder}: holds {len(clips)} clips; a comparison needs at least two")
-    return list(clips[: c.limit])
+    return clips[: c.limit]
 
 
-def _generated(
-    folder: Path, listed: list[dict[str, Any]], c: EvaluateConfig, ranks: Ranks
-) -> Iterator[tuple[range, Tensor, list[str]]]:
+def _generated(listed: list[Made], c: EvaluateConfig, ranks: Ranks) -> Iterator[tuple[range, Tensor, list[str]]]:
     """This process's generated clips: their numbers in the list, (N, T, H, W, C) uint8, and their captions.
 
     Raises:
@@ -157,13 +150,13 @@ def _generated(
     """
     for numbers in _share(len(listed), c, ranks, "generated clips"):
         part = [listed[number] for number in numbers]
-        clips = [media.read_video(folder / Path(entry["file"]).name, c.frames) for entry in part]
+        clips = [media.read_video(entry.path, c.frames) for entry in part]
         for entry, clip in zip(part, clips, strict=True):
             if len(clip.frames) < c.frames or abs(clip.frame_rate - c.frame_rate) > 0.01:
                 found = f"{len(clip.frames)} frames at {clip.frame_rate:g} per second"
-                raise UserError(f"{entry['file']}: {found}, but the config asks for {c.frames} at {c.frame_rate:g}")
+                raise UserError(f"{entry.path.name}: {found}, but the config asks for {c.frames} at {c.frame_rate:g}")
         frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
-        yield numbers, _cut(frames, c), [entry["prompt"] for entry in part]
+        yield numbers, _cut(frames, c), [entry.prompt for entry in part]
 
 
 def _share(count: int, c: EvaluateConfig, ranks: Ranks, title: str) -> Iterator[range]:
@@ -184,17 +177,9 @@ def _cut(frames: Tensor, c: EvaluateConfig) -> Tensor:
 
 def _real(c: EvaluateConfig, ranks: Ranks) -> Iterator[Tensor]:
     """This process's clips of the reference, (N, T, H, W, C) uint8; which part of a long one is seen is drawn from the seed."""
-    source = open_source(str(c.reference), None)
-    text_config = source.manifest.text
-    view = View(c.frames, (c.frame_rate,), text_config.width, text_config.max_tokens, c.seed)
-    rows = LocalDataset(str(source.folder))
-    count = min(len(rows), c.limit or len(rows))
-    for numbers in _share(count, c, ranks, "real clips"):
-        try:
-            samples = [decode_sample(rows[n], source.manifest, view, derived_seed(c.seed, n)) for n in numbers]
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{source.location}: {error}") from error
-        yield _cut(torch.stack([sample.frames for sample in samples]), c)
+    clips = RealClips(str(c.reference), c.frames, (c.frame_rate,), c.seed)
+    for numbers in _share(min(len(clips), c.limit or len(clips)), c, ranks, "real clips"):
+        yield _cut(torch.stack([clips.read(number).frames for number in numbers]), c)
 
 
 def _seen(extractor: Extractor, frames: Tensor, c: EvaluateConfig) -> Tensor:

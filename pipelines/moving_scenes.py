@@ -7,7 +7,6 @@ Shapes: T frames, H height, W width, N clips, F features; frames are (T, H, W, 3
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import binomtest
-from streaming import LocalDataset
 from tqdm import tqdm
 
 from model import command, media
 from model.config import UserError
-from model.data.samples import View, decode_sample, derived_seed, stride_of
-from model.data.shards import open_source
+from model.data.samples import stride_of
+from pipelines.clips import RealClips, made
 from pipelines.judge import SPEED, Verdict, judge, parse
 from pipelines.metrics import Frechet
 from pipelines.truth import read
@@ -166,15 +164,11 @@ def sampled(folder: Path, limit: int | None = None) -> Iterator[Clip]:
     Raises:
         UserError: not the folder of a finished job, or a clip that cannot be read.
     """
-    try:
-        listed = [(entry["file"], entry["prompt"]) for entry in json.loads((folder / "samples.json").read_bytes())["clips"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not the folder of a finished sampling job: {error}") from error
-    for file, prompt in tqdm(listed[:limit], f"clips of {folder.name}", unit="clip"):
-        video = media.read_video(folder / Path(file).name, MAX_FRAMES)
+    for entry in tqdm(made(folder)[:limit], f"clips of {folder.name}", unit="clip"):
+        video = media.read_video(entry.path, MAX_FRAMES)
         if video.frames.shape[1] < MIN_FILE_HEIGHT:
-            raise UserError(f"{folder / file}: {video.frames.shape[1]} lines, too few to tell shapes in compressed video")
-        yield Clip(video.frames, prompt, video.frame_rate)
+            raise UserError(f"{entry.path}: {video.frames.shape[1]} lines, too few to tell shapes in compressed video")
+        yield Clip(video.frames, entry.prompt, video.frame_rate)
 
 
 def real_clips(location: str, frames: int, frame_rates: Sequence[float], limit: int, seed: int = 0) -> Iterator[Clip]:
@@ -183,18 +177,12 @@ def real_clips(location: str, frames: int, frame_rates: Sequence[float], limit: 
     Raises:
         UserError: no data set, or one whose clips are not long enough.
     """
-    source = open_source(location, None)
-    if not any(stride_of(source.manifest.frame_rate, rate) for rate in frame_rates):
-        raise UserError(
-            f"{location}: stored at {source.manifest.frame_rate:g} frames per second, shows none of {list(frame_rates)}"
-        )
-    view = View(frames, tuple(frame_rates), source.manifest.text.width, source.manifest.text.max_tokens, seed)
-    rows = LocalDataset(str(source.folder))
-    for number in tqdm(range(min(limit, len(rows))), "real clips", unit="clip"):
-        try:
-            sample = decode_sample(rows[number], source.manifest, view, derived_seed(seed, number))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{location}: {error}") from error
+    clips = RealClips(location, frames, frame_rates, seed)
+    stored = clips.manifest.frame_rate
+    if not any(stride_of(stored, rate) for rate in frame_rates):
+        raise UserError(f"{location}: stored at {stored:g} frames per second, shows none of {list(frame_rates)}")
+    for number in tqdm(range(min(limit, len(clips))), "real clips", unit="clip"):
+        sample = clips.read(number)
         yield Clip(sample.frames.numpy(), sample.caption, sample.frame_rate)
 
 

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from streaming import LocalDataset
-
 from model.config import UserError
-from model.data.shards import open_source
 
 
 def of_file(path: str) -> list[str]:
@@ -21,12 +18,6 @@ def of_file(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts_file: {path}: {error}") from error
-
-
-def of_dataset(location: str) -> list[str]:
-    """The captions of a data set, one for each of its clips, in their order."""
-    rows = LocalDataset(str(open_source(location, None).folder))
-    return [rows[number]["caption"] for number in range(len(rows))]
 
 
 def apportion(prompts: Sequence[str], number: int) -> list[str]:

@@ -25,7 +25,8 @@ from tqdm import tqdm  # noqa: E402
 from model import command, config, media  # noqa: E402
 from model.config import RunError, UserError  # noqa: E402
 from pipelines.cascade import Cascade, CascadeConfig, Progress  # noqa: E402
-from pipelines.prompts import apportion, of_dataset, of_file  # noqa: E402
+from pipelines.clips import captions  # noqa: E402
+from pipelines.prompts import apportion, of_file  # noqa: E402
 from pipelines.ranks import Ranks, default_device  # noqa: E402
 
 
@@ -98,7 +99,7 @@ def _clips(c: SampleConfig) -> list[Clip]:
     if c.prompts_file:
         prompts += of_file(c.prompts_file)
     if c.prompts_from:
-        prompts += of_dataset(c.prompts_from)
+        prompts += captions(c.prompts_from)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("prompts: give at least one, and none empty")
     for name in ("batch", "sheet", "number"):

@@ -14,7 +14,6 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-import torch
 from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
@@ -25,6 +24,7 @@ from model import checkpoint, command, config, media, registry
 from model.config import UserError
 from model.registry import PublishConfig, TrackingConfig
 from pipelines.cascade import Cascade, CascadeConfig
+from pipelines.ranks import default_device
 
 # The whole code in the artefact: it is run where the model is loaded, and must be what a reader sees at a glance.
 ENTRY = """from mlflow.models import set_model
@@ -55,7 +55,7 @@ class ClipModel(PythonModel):
         parts: Mapping[str, str] = context.artifacts
         places = {"stage1": parts["stage1"], "stage2": parts.get("stage2"), "text_encoder": parts["text_encoder"]}
         built = config.build(CascadeConfig, settings | places, where="the served model's settings")
-        self.cascade = Cascade(built, "cuda" if torch.cuda.is_available() else "cpu")
+        self.cascade = Cascade(built, default_device())
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

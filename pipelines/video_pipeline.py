@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from model.diffusion.sampler import SamplerConfig
 from pipelines.cascade import Cascade, CascadeConfig
+from pipelines.ranks import default_device
 
 # What decides which prompts are served: returns why not, or an empty string.
 PromptFilter = Callable[[str], str]
@@ -62,7 +63,7 @@ class VideoPipeline:
         """
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or CascadeConfig().tracking_uri
         config = CascadeConfig(stage1=model, stage2=upsampler, tracking_uri=uri, text_encoder=text_encoder)
-        return cls(Cascade(config, device or ("cuda" if torch.cuda.is_available() else "cpu")), prompt_filter)
+        return cls(Cascade(config, device or default_device()), prompt_filter)
 
     def to(self, device: str | torch.device) -> "VideoPipeline":
         """Move the models."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from PIL import Image
 
 from model import media, registry
 from model.config import UserError
 from pipelines.cascade import CascadeConfig
+from pipelines.ranks import default_device
 from pipelines.studio.history import History
 from pipelines.studio.jobs import Queue, Task
 from pipelines.studio.sampler import Sampler, require_playable
@@ -117,8 +117,7 @@ class Studio:
             if "study" in c.tabs:
                 self.pairs = find_pairs(Path(c.study.ours), [Path(folder) for folder in c.study.others])
         self.history = History(Path(c.output, "clips"))
-        device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.queue = Queue(Sampler(self.history, device, c.keep).make)
+        self.queue = Queue(Sampler(self.history, c.device or default_device(), c.keep).make)
         self.scratch = Scratch()
 
     def close(self) -> None:

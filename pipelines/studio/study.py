@@ -22,6 +22,7 @@ from pathlib import Path
 from scipy.stats import norm
 
 from model.config import RunError, UserError
+from pipelines.clips import made
 
 # The paper's criteria, in the order of its tables. It does not print the words that its raters read; these are ours.
 QUESTIONS: Mapping[str, str] = {
@@ -146,11 +147,8 @@ def find_pairs(ours: Path, others: Sequence[Path]) -> Pairs:
 
 def _clips(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = defaultdict(list)
-    try:
-        for entry in json.loads((folder / "samples.json").read_bytes())["clips"]:
-            found[str(entry["prompt"])].append(folder / Path(entry["file"]).name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not the folder of a finished sampling job: {error}") from error
+    for clip in made(folder):
+        found[clip.prompt].append(clip.path)
     return found
 
 

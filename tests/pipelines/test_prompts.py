@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from model.config import UserError
-from pipelines.prompts import apportion, of_dataset, of_file
+from pipelines.clips import captions
+from pipelines.prompts import apportion, of_file
 
 
 def test_prompts_are_apportioned_by_largest_remainders_and_evenly_mixed() -> None:
@@ -29,4 +30,4 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="latin.txt"):
         of_file(str(tmp_path / "latin.txt"))
     with pytest.raises(UserError, match="nothing"):
-        of_dataset(str(tmp_path / "nothing"))
+        captions(str(tmp_path / "nothing"))
