@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nasties
+import nasty_pictures
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -39,14 +40,14 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     still.save(folder / "k.gif", save_all=True, append_images=[Image.fromarray(image) for image in frames[1:]], duration=40)
     exif = Image.Exif()
     exif[0x0112] = 6
-    wide, profile = nasties.adobe_rgb(frames[0])
+    wide, profile = nasty_pictures.adobe_rgb(frames[0])
     Image.fromarray(wide).save(folder / "l.jpg", quality=80, exif=exif, icc_profile=profile)
     still.save(folder / "still.png")
     still.save(folder / "m.webp", quality=80, exif=exif)
     still.save(folder / "n.tiff", compression="tiff_lzw")
     still.convert("CMYK").save(folder / "o.tiff", compression="tiff_adobe_deflate")
     still.save(folder / "p.bmp")
-    nasties.tar(folder / "q.tar", 3)
+    nasty_pictures.tar(folder / "q.tar", 3)
     table = {"path": ["still.png", "gone.mp4"], "caption": ["a still", "it is gone"], "key": ["still", "gone"]}
     pq.write_table(pa.table(table), folder / "r.parquet")
     return folder

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nasties
+import nasty_pictures
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -126,7 +127,7 @@ def odd() -> list[Nasty]:
     large = [np.repeat(np.repeat(image, 10, 0), 10, 1) for image in scene(16)]
     on_its_side = [np.rot90(image, -1) for image in whole]
     others = [Image.fromarray(image) for image in HELD[1:]]
-    wide, profile = nasties.adobe_rgb(whole[0])
+    wide, profile = nasty_pictures.adobe_rgb(whole[0])
     disabled = {"avoid_negative_ts": "disabled"}
     return [
         # Clocks.
@@ -146,7 +147,7 @@ def odd() -> list[Nasty]:
         # Bombs.
         Nasty("packets.mp4", nasties.many_packets, None, frozenset({"too long to decode"})),
         Nasty("canvas.gif", lambda path: nasties.gif(path, 65535, 65535), None, frozenset({"too many pixels", "not decodable"})),
-        Nasty("text.png", nasties.png_with_a_text_bomb, whole[:1], DAMAGE),
+        Nasty("text.png", nasty_pictures.png_with_a_text_bomb, whole[:1], DAMAGE),
         Nasty("zeros.mp4", lambda path: path.write_bytes(bytes(100_000)), None, DAMAGE),
         Nasty("empty.mp4", lambda path: path.write_bytes(b""), None, DAMAGE),
         Nasty("empty.jpg", lambda path: path.write_bytes(b""), None, DAMAGE),
@@ -167,7 +168,7 @@ def odd() -> list[Nasty]:
         Nasty("wide.png", saved(Image.fromarray(wide), icc_profile=profile), whole[:1], psnr=42),
         Nasty("broken-profile.png", saved(first, icc_profile=profile[:200]), whole[:1], psnr=60),
         Nasty("cmyk.jpg", saved(first.convert("CMYK"), quality=98, subsampling=0), whole[:1]),
-        Nasty("sixteen.png", nasties.sixteen_bit_rgb, whole[:1], psnr=45),
+        Nasty("sixteen.png", nasty_pictures.sixteen_bit_rgb, whole[:1], psnr=45),
         # What the ffmpeg program does.
         Nasty("pq.mp4", nasties.high_dynamic_range, scene(24), psnr=29),
         Nasty("hlg.mkv", lambda path: nasties.high_dynamic_range(path, 18), scene(24), psnr=29),
@@ -220,7 +221,7 @@ def test_no_reason_is_unforeseen(fates: dict[str, Fate]) -> None:
 def test_hostile_names_are_only_names(tmp_path: Path) -> None:
     media, out = tmp_path / "media", tmp_path / "out"
     media.mkdir()
-    captions = nasties.hostile_names(media)
+    captions = nasty_pictures.hostile_names(media)
     before = sorted(tmp_path.rglob("*"))
     fates = attempt(media, out)
     assert {key: fate.caption for key, fate in fates.items()} == captions
@@ -231,7 +232,7 @@ def test_hostile_names_are_only_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tenths", range(1, 10))
 @pytest.mark.parametrize("damage", ["cut", "header"])
 def test_what_can_be_read_of_a_broken_tar_is_right(tmp_path: Path, damage: str, tenths: int) -> None:
-    captions = nasties.tar(tmp_path / "set.tar", 12)
+    captions = nasty_pictures.tar(tmp_path / "set.tar", 12)
     data = (tmp_path / "set.tar").read_bytes()
     at = len(data) * tenths // 10
     if damage == "cut":
