@@ -1,10 +1,12 @@
 """A bound on memory that holds and goes again, and a process that dies in another's place."""
 
-import ctypes
 import dataclasses
 import os
 import resource
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +19,13 @@ from PIL import Image
 from dataprep import ingest, limits, listing, partition, shards
 from dataprep.clips import ClipConfig
 from dataprep.encode import StageConfig, TextConfig
-from dataprep.filters import FilterConfig, Rejected
-from dataprep.ingest import Item, Span
+from dataprep.filters import FilterConfig
+from dataprep.ingest import Item
 from dataprep.partition import Recipe
 from dataprep.selection import SelectConfig
 from dataprep.shards import PartSummary
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Recipe(
     stages=(StageConfig("only", 36, 64, "raw"),),
     clips=ClipConfig(frame_rate=24, clip_frames=24, min_frames=12),
@@ -31,19 +34,26 @@ RECIPE = Recipe(
 )
 
 
-@pytest.fixture
-def trimmed() -> None:
-    """Address space that malloc keeps in hand is given back, a GiB where MALLOC_TOP_PAD_ says so: no bound takes what it has."""
-    ctypes.CDLL(None).malloc_trim(0)
+def in_fresh_process(script: str) -> None:
+    """Run a script where malloc has nothing in hand: what earlier tests freed serves an allocation without new address space, and
+    no bound stops that."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.usefixtures("trimmed")
 def test_memory_is_bounded_within_and_not_after() -> None:
-    with limits.memory(limits.memory_in_use() + 64 * limits.MEGABYTE):
-        small = bytearray(16 * limits.MEGABYTE)
-        with pytest.raises(MemoryError):
-            bytearray(1024 * limits.MEGABYTE)
-    assert len(small) + len(bytearray(128 * limits.MEGABYTE)) == 144 * limits.MEGABYTE
+    in_fresh_process("""
+        import pytest
+        from dataprep import limits
+
+        with limits.memory(limits.memory_in_use() + 64 * limits.MEGABYTE):
+            small = bytearray(16 * limits.MEGABYTE)
+            with pytest.raises(MemoryError):
+                bytearray(128 * limits.MEGABYTE)
+        assert len(small) + len(bytearray(128 * limits.MEGABYTE)) == 144 * limits.MEGABYTE
+    """)
 
 
 def test_the_bound_goes_with_an_error() -> None:
@@ -110,11 +120,26 @@ def test_a_file_that_crashes_the_decoder_ends_one_try_and_is_then_rejected(
     assert told == {"clip.00": ("kept", "", ""), "clip.01": crashed, "clip.02": ("kept", "", "")}
 
 
-@pytest.mark.usefixtures("trimmed")
 def test_a_file_that_needs_too_much_memory_is_rejected(tmp_path: Path) -> None:
-    Image.new("L", (8192, 4352), 255).save(tmp_path / "large.png")
-    item = Item("large", "image", "large", Span(str(tmp_path / "large.png")))
-    with pytest.raises(Rejected, match="too much memory: more than filters.max_memory_mb=1536"):
-        partition.prepare_guarded(item, RECIPE, limits.memory_in_use() + 32 * limits.MEGABYTE, careful=False)
-    most = limits.memory_in_use() + 1024 * limits.MEGABYTE
-    assert len(partition.prepare_guarded(item, RECIPE, most, careful=False).clips) == 1
+    large = tmp_path / "large.png"
+    Image.new("L", (8192, 4352), 255).save(large)
+    in_fresh_process(f"""
+        import pytest
+        from dataprep import limits, partition
+        from dataprep.clips import ClipConfig
+        from dataprep.encode import StageConfig, TextConfig
+        from dataprep.filters import FilterConfig, Rejected
+        from dataprep.ingest import Item, Span
+
+        recipe = partition.Recipe(
+            stages=(StageConfig("only", 36, 64, "raw"),),
+            clips=ClipConfig(frame_rate=24, clip_frames=24, min_frames=12),
+            text=TextConfig("none", 8),
+            filters=FilterConfig(max_cropped=1),
+        )
+        item = Item("large", "image", "large", Span({str(large)!r}))
+        with pytest.raises(Rejected, match="too much memory: more than filters.max_memory_mb=1536"):
+            partition.prepare_guarded(item, recipe, limits.memory_in_use() + 32 * limits.MEGABYTE, careful=False)
+        most = limits.memory_in_use() + 1024 * limits.MEGABYTE
+        assert len(partition.prepare_guarded(item, recipe, most, careful=False).clips) == 1
+    """)
