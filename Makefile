@@ -23,7 +23,7 @@ export MALLOC_TOP_PAD_ := 1073741824
 # One stamp for each state of the pins and each place of the checkout (the scripts in .venv/bin hold absolute paths).
 STAMP := .venv/.stamp-$(shell (cat requirements.txt; pwd -P) | sha256sum | cut -c1-16)
 
-.PHONY: help setup test test-all lint format demo studio requirements clean FORCE
+.PHONY: help setup test test-all lint format demo learn studio requirements clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -111,6 +111,9 @@ format: setup  ## rewrite the sources in the house format
 
 demo: setup  ## raw videos to generated clips; DATA=folder takes your own videos and images
 	@.venv/bin/python -m pipelines.demo yamls/demo/demo.yaml $${DATA:+"data=$$DATA"} $(ARGS)
+
+learn: setup  ## proof that it learns: a benchmark with a known truth, from raw videos to figures (docs/learning.md); resumes
+	@.venv/bin/python -m pipelines.learn yamls/learn/learn.yaml $(ARGS)
 
 STUDIO ?= yamls/demo/studio.yaml
 studio: setup  ## a web page: sample, compare models, browse shards, run a user study; STUDIO=yaml for other models than the demo's

@@ -1,5 +1,6 @@
 """FIT's configuration: the columns of Table 8."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -28,6 +29,9 @@ class FITConfig:
     # A full table has a vector per patch; a factorised one adds a frame's and a place's. Full at stage 2 would be 151 M
     # parameters over the published 3.9 B, factorised 10 M.
     position: Literal["full", "factorised"] = "full"
+    # Spread of the positions at the start, beside patches of unit variance. At the usual 0.02 neither reads nor writes can tell
+    # places apart at first; at 1 they drown patches that fill a narrow stream (docs/learning.md).
+    position_std: float = 1.0
     upsampler: bool = False  # reads a low-resolution video, concatenated to its input's channels
     checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass
 
@@ -42,6 +46,8 @@ class FITConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (self.position_std > 0 and math.isfinite(self.position_std)):
+            raise ValueError(f"position_std must be positive and finite, got {self.position_std}")
         if self.global_layers < 0:
             raise ValueError(f"global_layers must not be negative, got {self.global_layers}")
         if not 0 <= self.dropout < 1:

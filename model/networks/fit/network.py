@@ -7,8 +7,8 @@ A few latent tokens read from many patch tokens, compute, and write back, block 
 of patches that spans all frames; the latents are divided among the groups, and global layers over all latents mix them.
 
 Initialisation: truncated normal of variance 1 / fan_in; projections that end a residual branch are scaled by
-1 / sqrt(number of residual branches on their stream); positions have unit variance beside unit-variance patches, since at the
-usual 0.02 neither the reads nor the writes can tell places apart at first; the self-conditioning norm starts at scale zero.
+1 / sqrt(number of residual branches on their stream); positions have ``position_std`` beside unit-variance patches; the
+self-conditioning norm starts at scale zero.
 """
 
 import math
@@ -91,6 +91,7 @@ class PatchPosition(nn.Module):
         super().__init__()
         frames, height, width = config.grid
         self.factorised = config.position == "factorised"
+        self.std = config.position_std
         if self.factorised:
             self.frame = nn.Parameter(torch.empty(frames, 1, config.patch_width))
             self.place = nn.Parameter(torch.empty(1, height * width, config.patch_width))
@@ -100,7 +101,7 @@ class PatchPosition(nn.Module):
     def reset_parameters(self) -> None:
         parts = list(self.parameters())
         for part in parts:
-            nn.init.normal_(part, std=1 / math.sqrt(len(parts)))
+            nn.init.normal_(part, std=self.std / math.sqrt(len(parts)))
 
     def forward(self) -> Tensor:
         """Return (t h w, P)."""

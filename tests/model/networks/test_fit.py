@@ -112,11 +112,12 @@ def test_unpatching_inverts_patching(tiny, shape: tuple[tuple[int, int, int], ..
     assert torch.equal(network._to_video(network._to_groups(network._to_patches(clip))), clip)
 
 
+@pytest.mark.parametrize("std", [1.0, 0.1])
 @pytest.mark.parametrize("position", ["full", "factorised"])
-def test_every_patch_has_its_own_unit_variance_position(tiny, position: str) -> None:
-    table = build(replace(tiny, position=position, patch_width=160)).position().detach()
+def test_every_patch_has_a_position_of_its_own_and_of_the_configured_spread(tiny, position: str, std: float) -> None:
+    table = build(replace(tiny, position=position, position_std=std, patch_width=160)).position().detach()
     assert table.shape == (96, 160)
-    assert float(table.std()) == pytest.approx(1, rel=0.05)
+    assert float(table.std()) == pytest.approx(std, rel=0.05)
     assert len(torch.unique(table, dim=0)) == 96
     if position == "factorised":  # frame and place add up: (t, p) - (t, q) is the same in all frames
         by_frame = table.unflatten(0, (4, 24))

@@ -1,0 +1,108 @@
+"""What is measured of a cascade: which captions are new, clips that do not depend on each other, gains against closed forms."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from streaming import MDSWriter
+
+from dataprep import moving_scenes as benchmark
+from dataprep.scenes import Scene, render
+from model import text
+from model.config import UserError
+from model.data import schema
+from model.data.schema import Manifest, TextManifest
+from pipelines import learned
+from pipelines.cascade import Cascade, CascadeConfig
+from pipelines.learned import LearnedConfig
+
+FRAMES = 16  # stored, at 24 per second
+
+
+def write_dataset(folder: Path, scenes: list[Scene], height: int, width: int, encoder: text.TextEncoder) -> str:
+    with MDSWriter(out=str(folder), columns=schema.COLUMNS, hashes=["xxh64"]) as writer:
+        for number, scene in enumerate(scenes):
+            frames = np.stack([render(scene, 0.5 + n / 24, height, width) for n in range(FRAMES)])
+            ends = (np.arange(1, FRAMES + 1) * frames[0].size).astype(np.uint32)
+            states = encoder.encode([scene.caption()])[0]
+            row = {"key": f"{number}", "caption": scene.caption(), "frames": frames.tobytes(), "frame_ends": ends}
+            size = {"source_height": 90, "source_width": 160, "start_seconds": 0.0}
+            writer.write({**row, **size, "text": text.pack(states)})
+    told = TextManifest("encoder", "r", encoder.width, "bfloat16", 16)
+    Manifest("videos", height, width, 24.0, FRAMES, "raw", len(scenes), told).write(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def c(tmp_path_factory: pytest.TempPathFactory, cascade_config: CascadeConfig) -> LearnedConfig:
+    folder = tmp_path_factory.mktemp("learned")
+    encoder = Cascade(cascade_config, "cpu").encoder
+    seen, new = (list(itertools.islice(benchmark.scenes(split, 1), number)) for split, number in (("seen", 5), ("unseen", 3)))
+    return LearnedConfig(
+        low=write_dataset(folder / "low", [*seen, *new], 6, 16, encoder),
+        high=write_dataset(folder / "high", [*seen, *new], 12, 32, encoder),
+        trained=write_dataset(folder / "trained", list(itertools.islice(benchmark.scenes("seen", 0), 600)), 6, 16, encoder),
+        output=str(folder / "out"),
+        cascade=cascade_config,
+        frame_rates=(8, 6),
+        upsampled=3,
+        guidances=(1, 3),
+        swept=4,
+        batch=2,
+        sheet=2,
+        device="cpu",
+    )
+
+
+def test_everything_is_measured_and_written(c: LearnedConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    learned.learned(c)
+    output = Path(c.output)
+    found = json.loads((output / "learned.json").read_text())
+    assert {found["seen"][side]["rates"]["all"]["number"] for side in ("stage1", "real")} == {5}
+    assert found["new"]["stage1"]["rates"]["all"]["number"] == 3
+    assert found["cascade"]["rates"]["all"]["number"] == found["upsampling"]["clips"] == 3
+    assert found["upsampling"]["bicubic"] > found["upsampling"]["stage2"]  # random weights
+    assert [point["guidance"] for point in found["guidance"]] == [1, 3]
+    assert found["guidance"][0]["distance"] != found["guidance"][1]["distance"]
+    assert {path.name for path in output.glob("*.png")} == {"stage1.png", "stage2.png", "guidance.png"}
+    assert "new combinations, stage 1, 3 clips" in capsys.readouterr().out
+
+
+def test_a_clip_depends_on_its_own_example(c: LearnedConfig) -> None:
+    cascade = Cascade(c.cascade, "cpu")
+    asked = learned.examples(c, 4)
+    assert [example.is_new for example in asked] == [False] * 5 + [True] * 3
+    assert {example.frame_rate for example in asked} == {6, 8}
+    together = learned.sample(replace(c, batch=8), cascade, asked, "together")
+    alone = learned.sample(replace(c, batch=1), cascade, [asked[6], asked[2]], "alone")
+    for number, clip in zip((6, 2), alone, strict=True):
+        assert np.abs(together[number].astype(int) - clip).max() <= 1  # rounding of sums in another order
+    guided = learned.sample(c, cascade, asked[:1], "guided", guidance=5)
+    assert np.abs(together[0].astype(int) - guided[0]).max() > 1
+
+
+def test_bicubic_upsampling_is_what_it_is_said_to_be(c: LearnedConfig) -> None:
+    """Of a picture that halving and enlarging leaves as it is, nothing is lost."""
+    flat = torch.full((4, 3, 12, 32), 0.25)
+    assert learned.psnr(flat, flat) == 100
+    assert learned.psnr(flat + 0.2, flat) == pytest.approx(20, abs=1e-4)  # a tenth of the range
+    gain = learned.upsampling(c, Cascade(c.cascade, "cpu"), learned.examples(c, 4)[:2])
+    assert 15 < gain.bicubic < 40
+
+
+def test_data_sets_that_differ_are_told(c: LearnedConfig) -> None:
+    with pytest.raises(UserError, match="holds other clips than"):
+        learned.upsampling(replace(c, high=c.trained), Cascade(c.cascade, "cpu"), learned.examples(c, 4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [({"high": None}, "belong together"), ({"swept": 1}, "swept must be at least 2"), ({"frame_rates": ()}, "frame_rates")],
+)
+def test_settings_that_cannot_be(c: LearnedConfig, wrong: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        replace(c, **wrong)
