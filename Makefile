@@ -23,7 +23,7 @@ export MALLOC_TOP_PAD_ := 1073741824
 # One stamp for each state of the pins and each place of the checkout (the scripts in .venv/bin hold absolute paths).
 STAMP := .venv/.stamp-$(shell (cat requirements.txt; pwd -P) | sha256sum | cut -c1-16)
 
-.PHONY: help setup test test-all lint format demo learn studio requirements clean FORCE
+.PHONY: help setup test test-all lint format demo learn ablations studio requirements clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -114,6 +114,9 @@ demo: setup  ## raw videos to generated clips; DATA=folder takes your own videos
 
 learn: setup  ## proof that it learns: a benchmark with a known truth, from raw videos to figures (docs/learning.md); resumes
 	@.venv/bin/python -m pipelines.learn yamls/learn/learn.yaml $(ARGS)
+
+ablations: setup  ## the paper's ablations on the data of make learn; hours (docs/learning.md); resumes
+	@.venv/bin/python -m pipelines.ablations yamls/learn/ablations.yaml $(ARGS)
 
 STUDIO ?= yamls/demo/studio.yaml
 studio: setup  ## a web page: sample, compare models, browse shards, run a user study; STUDIO=yaml for other models than the demo's

@@ -17,6 +17,8 @@ from model.denoiser import Denoiser
 from model.diffusion.sampler import SamplerConfig
 from model.generate import Known, Request, generate
 from model.long_video import Window
+from pipelines import watermark
+from pipelines.prompts import blocked_by
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,14 @@ class CascadeConfig:
     # Lower frame rates at which a longer clip is laid out first, rising; each divides the next, the last one frame_rate.
     hierarchy: tuple[float, ...] = ()
     reconstruction: float = 1.0  # weight of reconstruction guidance, by which frames fit those that exist
+    blocked: tuple[str, ...] = ()  # words and phrases: prompts that hold one are not served
+    # Hidden in clips of 256x256 pixels and more (pipelines/watermark.py); null for clips that are to be measured.
+    watermark: str | None = watermark.TEXT
 
     def __post_init__(self) -> None:
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
+        watermark.check(self.watermark)
         if not (self.reconstruction >= 0 and math.isfinite(self.reconstruction)):
             raise ValueError(f"reconstruction must be finite and not negative, got {self.reconstruction}")
         if self.hierarchy:
@@ -118,12 +124,15 @@ class Cascade:
             settings: others than those the cascade was made with; of its models nothing changes.
 
         Raises:
-            UserError: given frames outside of the clip, or a prompt of more tokens than the models were trained with.
+            UserError: given frames outside of the clip, or a prompt that is blocked or of more tokens than the models were
+                trained with.
         """
         c = settings or self.config
         stage1 = self.stage1.denoiser
         length = c.frames or stage1.config.network.size[0]
         for prompt in prompts:
+            if (entry := blocked_by(prompt, c.blocked)) is not None:
+                raise UserError(f"prompt {prompt[:40]!r} is not served: it holds {entry!r}")
             tokens = self.encoder.num_tokens(prompt)
             if tokens > self.encoder.max_tokens:
                 raise UserError(f"prompt {prompt[:40]!r}... has {tokens} tokens, the models take {self.encoder.max_tokens}")
@@ -145,7 +154,7 @@ class Cascade:
 
         low = long_video.generate(plan, length, low_given, c.reconstruction, make_low)
         if self.stage2 is None:
-            return Clips(to_pixels(low).cpu(), to_pixels(low).cpu())
+            return Clips(to_pixels(low).cpu(), _marked(low, c.watermark))
         stage2 = self.stage2.denoiser
         upsampling_plan = long_video.windows(length, stage2.config.network.size[0], (1,), high_given)
 
@@ -156,7 +165,7 @@ class Cascade:
             return generate(stage2, told, c.stage2_sampler, bars)
 
         high = long_video.generate(upsampling_plan, length, high_given, c.reconstruction, make_high)
-        return Clips(to_pixels(low).cpu(), to_pixels(high).cpu())
+        return Clips(to_pixels(low).cpu(), _marked(high, c.watermark))
 
     def _given(self, given: Mapping[int, Image.Image], length: int, clips: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Given pictures for stage 1 and for stage 2: (clips, C, H, W) in [-1, 1] by the number of the frame."""
@@ -172,6 +181,14 @@ class Cascade:
                 high[number] = _picture(picture, self.stage2.denoiser).expand(clips, -1, -1, -1).to(self.device)
                 low[number] = self.stage2.denoiser.downsample(high[number][:, None])[:, 0]
         return low, high
+
+
+def _marked(video: Tensor, mark: str | None) -> Tensor:
+    """(B, T, C, H, W) in [-1, 1] -> uint8 (B, T, H, W, C), with the watermark if there is to be one."""
+    clips = to_pixels(video).cpu()
+    if mark is None:
+        return clips
+    return torch.from_numpy(np.stack([watermark.embed(clip, mark) for clip in clips.numpy()]))
 
 
 def _picture(picture: Image.Image, denoiser: Denoiser) -> Tensor:

@@ -49,10 +49,11 @@ class Progress:
     A stage runs again if its words have changed, or those of any stage before it.
     """
 
-    def __init__(self, folder: Path, total: int, variable: str) -> None:
-        """``variable``: of the environment, through which the stages' yamls learn the folder."""
+    def __init__(self, folder: Path, total: int, variable: str, value: Path | None = None) -> None:
+        """``variable``: of the environment, through which the stages' yamls learn the folder, or another ``value``."""
         self.folder = folder
         self.variable = variable
+        self.value = value or folder
         self.total = total
         self.number = 0
         self.words: list[Sequence[str]] = []
@@ -73,7 +74,7 @@ class Progress:
             return
         print(f"{number} {stage.title}\n      {_typed(stage.arguments)}", flush=True)
         begin = time.monotonic()
-        environment = {**os.environ, self.variable: str(self.folder), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, self.variable: str(self.value), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         code = _call(stage.arguments, environment)
         if code:
             raise UserError(

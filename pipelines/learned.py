@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from model import command, config, media, text
 from model.codec import from_pixels, to_pixels
 from model.config import UserError
 from model.data.samples import derived_seed
-from model.generate import Request, generate
+from model.diffusion import edm
+from model.generate import Request, draw, generate
+from model.networks.conditioning import Conditioning
 from pipelines.cascade import Cascade, CascadeConfig
 from pipelines.clips import RealClips, captions
 from pipelines.judge import SPEED, parse
@@ -32,6 +34,7 @@ from pipelines.moving_scenes import Clip, Score, distance, score, table
 from pipelines.ranks import default_device
 
 SHOWN = ("colour", "shape", "direction")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class LearnedConfig:
     frame_rates: tuple[float, ...] = (8, 4)  # each clip is asked for at one of them
     limit: int | None = None  # held-out clips; null: all
     upsampled: int = 64  # of these, how many go through stage 2
+    noise: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 8)  # levels, in the data's scale, at which stage 1 denoises real clips
     guidances: tuple[float, ...] = ()  # of stage 1, to sweep over
     swept: int = 64  # clips for each
     batch: int = 32
@@ -60,6 +64,8 @@ class LearnedConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.frame_rates or self.speed <= 0 or (self.limit is not None and self.limit < 1):
             raise ValueError("frame_rates must name at least one, speed be above 0, and limit at least 1")
+        if not all(level > 0 for level in self.noise):
+            raise ValueError(f"noise levels must be above 0, got {list(self.noise)}")
         if (self.high is None) != (self.cascade.stage2 is None):
             raise ValueError("high and cascade.stage2 belong together: name both or neither")
 
@@ -73,6 +79,15 @@ class Example:
     frame_rate: float
     frames: np.ndarray  # (T, H, W, 3) uint8
     is_new: bool  # its combination is not among the training clips
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """How close D comes to real clips: comparable between models of any sigma_in, sigma_data and framework, as losses are not."""
+
+    noise: float  # sigma * sigma_in, the std of the noise where data lie in [-1, 1]
+    error: float  # mean of (D - x)^2
+    shuffled: float  # the same with captions of other clips: how much the text says
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,13 @@ def learned(c: LearnedConfig) -> None:
             part = [asked[n] for n in here]
             found, real = _score(c, part, [made[n] for n in here]), _score(c, part)
             print(f"\n{name} combinations, stage 1, {len(part)} clips\n{table(found, real)}", flush=True)
-            tree[name] = {"stage1": _tree(found), "real": _tree(real)}
+            apart = distance(found.features, real.features) if len(here) > 1 else None
+            tree[name] = {"stage1": _tree(found), "real": _tree(real), "distance": apart}
+    levels = denoising(c, cascade, asked) if c.noise else []
+    if levels:
+        tree["denoising"] = [vars(level) for level in levels]
+        print("\nnoise  error of D  with other captions")
+        print("\n".join(f"{level.noise:5g}{level.error:12.5f}{level.shuffled:21.5f}" for level in levels))
     shown = _chosen(asked, c.sheet)
     media.write_contact_sheet(output / "stage1.png", [made[n] for n in shown], [_line(asked[n]) for n in shown])
     if c.high is not None:
@@ -177,6 +198,39 @@ def sample(
                 made |= {example.number: clip for example, clip in zip(part, clips.high.numpy(), strict=True)}
                 bar.update(len(part))
     return [made[example.number] for example in asked]
+
+
+@torch.no_grad()
+def denoising(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> list[Denoised]:
+    """Stage 1 on the real clips at each noise level, with the same noise for every model."""
+    denoiser = cascade.stage1.denoiser.eval()
+    states, mask = text.pad(cascade.encoder.encode([example.caption for example in asked]), cascade.encoder.max_tokens)
+    errors = torch.zeros(len(c.noise), 2, dtype=torch.float64)
+    with tqdm(total=2 * len(c.noise) * len(asked), desc="denoising", unit="clip") as bar:
+        for part in _batches(range(len(asked)), c.batch):
+            real = torch.stack([from_pixels(torch.from_numpy(asked[n].frames)) for n in part]).to(cascade.device)
+            x, media_mask = denoiser.codec.encode(real), denoiser.codec.mask(cascade.device)
+            for row, level in enumerate(c.noise):
+                generators = [torch.Generator().manual_seed(derived_seed(c.seed, asked[n].number, row)) for n in part]
+                eps = draw(generators, x.shape[1:], cascade.device)
+                sigma = torch.full((len(part),), level / denoiser.config.diffusion.sigma_in, device=cascade.device)
+                x_sigma = edm.process(denoiser.config.diffusion, sigma.isnan()).add_noise(x, eps, sigma)
+                for column in range(2):
+                    said = [(n + column * (len(asked) // 2)) % len(asked) for n in part]
+                    told = Conditioning(
+                        c_noise=edm.c_noise(sigma),
+                        text=states[said].to(cascade.device),
+                        text_mask=mask[said].to(cascade.device),
+                        frame_rate=torch.tensor([asked[n].frame_rate for n in part], device=cascade.device),
+                        resolution=torch.tensor([c.cascade.resolution] * len(part), dtype=torch.float32, device=cascade.device),
+                    )
+                    estimate, latents = denoiser.denoise(x_sigma, sigma, told, None)
+                    if denoiser.config.self_conditioning:
+                        estimate, _ = denoiser.denoise(x_sigma, sigma, told, latents)
+                    error = ((estimate - x) * media_mask).double().square().mean(dim=(1, 2, 3, 4)) / media_mask.mean()
+                    errors[row, column] += error.sum().cpu() / len(asked)
+                    bar.update(len(part))
+    return [Denoised(level, *pair) for level, pair in zip(c.noise, errors.tolist(), strict=True)]
 
 
 def upsampling(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> Upsampling:
@@ -258,7 +312,7 @@ def _line(example: Example) -> str:
     return f"{example.caption}, {example.frame_rate:g} frames per second{', a new combination' if example.is_new else ''}"
 
 
-def _batches(asked: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+def _batches(asked: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     return (asked[start : start + size] for start in range(0, len(asked), size))
 
 

@@ -1,5 +1,6 @@
-"""Where the prompts of a sampling job come from: a list, a file, the captions of a data set; and how often each is taken."""
+"""Prompts of a sampling job: from a file or another source, how often each is taken, and which are not served."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -18,6 +19,16 @@ def of_file(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts_file: {path}: {error}") from error
+
+
+def blocked_by(prompt: str, blocked: Sequence[str]) -> str | None:
+    """The first of the ``blocked`` words and phrases that a prompt holds: as whole words, whatever the case and the spaces."""
+    said = " ".join(re.findall(r"\w+", prompt.casefold()))
+    for entry in blocked:
+        words = " ".join(re.findall(r"\w+", entry.casefold()))
+        if words and f" {words} " in f" {said} ":
+            return entry
+    return None
 
 
 def apportion(prompts: Sequence[str], number: int) -> list[str]:

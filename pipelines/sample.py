@@ -26,7 +26,7 @@ from model import command, config, media  # noqa: E402
 from model.config import RunError, UserError  # noqa: E402
 from pipelines.cascade import Cascade, CascadeConfig, Progress  # noqa: E402
 from pipelines.clips import captions  # noqa: E402
-from pipelines.prompts import apportion, of_file  # noqa: E402
+from pipelines.prompts import apportion, blocked_by, of_file  # noqa: E402
 from pipelines.ranks import Ranks, default_device  # noqa: E402
 
 
@@ -71,7 +71,7 @@ def sample(c: SampleConfig) -> None:
         UserError: nothing to sample, or models or given pictures that cannot be had.
         RunError: a clip cannot be written; those before it stay.
     """
-    clips = _clips(c)
+    clips, refused = _clips(c)
     given = read_given(c.given, c.cascade.frames)
     ranks = Ranks.join()
     rank, world = ranks.rank, ranks.world
@@ -91,10 +91,11 @@ def sample(c: SampleConfig) -> None:
                 bar.update()
     ranks.wait()
     if rank == 0:
-        _finish(c, clips, told)
+        _finish(c, clips, refused, told)
 
 
-def _clips(c: SampleConfig) -> list[Clip]:
+def _clips(c: SampleConfig) -> tuple[list[Clip], list[str]]:
+    """What to make, and the prompts that are blocked; the others keep the seeds that they would have without them."""
     prompts = list(c.prompts)
     if c.prompts_file:
         prompts += of_file(c.prompts_file)
@@ -108,7 +109,12 @@ def _clips(c: SampleConfig) -> list[Clip]:
     if c.number is not None:
         prompts = apportion(prompts, c.number)
     digits = max(3, len(str(len(prompts) - 1)))
-    return [Clip(p, c.seed + n, Path(c.output, f"{n:0{digits}d}-{slug(p)}.mp4")) for n, p in enumerate(prompts)]
+    clips = [Clip(p, c.seed + n, Path(c.output, f"{n:0{digits}d}-{slug(p)}.mp4")) for n, p in enumerate(prompts)]
+    refused = {clip.prompt for clip in clips if blocked_by(clip.prompt, c.cascade.blocked) is not None}
+    served = [clip for clip in clips if clip.prompt not in refused]
+    if not served:
+        raise UserError("prompts: all of them hold something of cascade.blocked")
+    return served, sorted(refused)
 
 
 def read_given(given: Sequence[GivenConfig], length: int | None) -> dict[int, Image.Image]:
@@ -150,7 +156,9 @@ def made_by(cascade: Cascade, settings: CascadeConfig, given: Mapping[int, Image
     stages = {"stage1": cascade.stage1, "stage2": cascade.stage2}
     origins = {name: asdict(stage.origin) for name, stage in stages.items() if stage is not None}
     pictures = [[str(at), _digest(image.tobytes())] for at, image in given.items()]
-    return {"models": origins, "settings": {**config.to_tree(settings), "given": pictures}}
+    tree = config.to_tree(settings)
+    del tree["blocked"]  # decides whether there is a clip, not what it shows
+    return {"models": origins, "settings": {**tree, "given": pictures}}
 
 
 def tags(prompt: str, seed: int, told: dict[str, Any]) -> dict[str, str]:
@@ -177,14 +185,17 @@ def _write(clip: Clip, frames: torch.Tensor, frame_rate: float, told: dict[str, 
         raise RunError(f"{clip.path}: {error.strerror or error}; the clips before it are whole") from error
 
 
-def _finish(c: SampleConfig, clips: list[Clip], told: dict[str, Any]) -> None:
+def _finish(c: SampleConfig, clips: list[Clip], refused: list[str], told: dict[str, Any]) -> None:
     output = Path(c.output)
     shown = clips[: c.sheet]
     most = c.cascade.frames or 1000
     frames = [media.read_video(clip.path, most).frames for clip in shown]
     media.write_contact_sheet(output / "sheet.png", frames, [clip.prompt for clip in shown])
     records = [{"file": clip.path.name, "prompt": clip.prompt, "seed": clip.seed} for clip in clips]
-    (output / "samples.json").write_text(json.dumps({"clips": records, **told}, indent=2) + "\n", encoding="utf-8")
+    tree = {"clips": records, "refused": refused, **told}
+    (output / "samples.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    if refused:
+        print(f"{len(refused)} prompts hold something of cascade.blocked and were not sampled: see {output / 'samples.json'}")
     print(f"{len(clips)} clips: {output}\ncontact sheet: {output / 'sheet.png'}")
 
 

@@ -50,6 +50,7 @@ def c(tmp_path_factory: pytest.TempPathFactory, cascade_config: CascadeConfig) -
         cascade=cascade_config,
         frame_rates=(8, 6),
         upsampled=3,
+        noise=(1,),
         guidances=(1, 3),
         swept=4,
         batch=2,
@@ -66,6 +67,7 @@ def test_everything_is_measured_and_written(c: LearnedConfig, capsys: pytest.Cap
     assert found["new"]["stage1"]["rates"]["all"]["number"] == 3
     assert found["cascade"]["rates"]["all"]["number"] == found["upsampling"]["clips"] == 3
     assert found["upsampling"]["bicubic"] > found["upsampling"]["stage2"]  # random weights
+    assert [level["noise"] for level in found["denoising"]] == [1]
     assert [point["guidance"] for point in found["guidance"]] == [1, 3]
     assert found["guidance"][0]["distance"] != found["guidance"][1]["distance"]
     assert {path.name for path in output.glob("*.png")} == {"stage1.png", "stage2.png", "guidance.png"}
@@ -83,6 +85,23 @@ def test_a_clip_depends_on_its_own_example(c: LearnedConfig) -> None:
         assert np.abs(together[number].astype(int) - clip).max() <= 1  # rounding of sums in another order
     guided = learned.sample(c, cascade, asked[:1], "guided", guidance=5)
     assert np.abs(together[0].astype(int) - guided[0]).max() > 1
+
+
+def test_the_error_of_denoising_against_its_closed_form(c: LearnedConfig) -> None:
+    """Of a network that says zero D is c_skip * x_sigma."""
+    cascade = Cascade(c.cascade, "cpu")
+    c = replace(c, noise=(0.1, 1, 10))
+    before = learned.denoising(c, cascade, asked := learned.examples(c, 4))
+    for p in cascade.stage1.denoiser.network.head.parameters():
+        p.data.zero_()
+    found = learned.denoising(c, cascade, asked)
+    square = np.mean([np.square(example.frames / 127.5 - 1).mean() for example in asked])
+    for row, level in zip(found, c.noise, strict=True):
+        s_i, sigma = 4.0, level / 4
+        c_skip = s_i / (s_i * sigma**2 + 1)
+        assert row.error == pytest.approx((c_skip / s_i - 1) ** 2 * square + c_skip**2 * sigma**2, rel=0.05)
+        assert row.shuffled == row.error  # it says the same to all captions
+    assert all(row.shuffled != row.error for row in before)
 
 
 def test_bicubic_upsampling_is_what_it_is_said_to_be(c: LearnedConfig) -> None:

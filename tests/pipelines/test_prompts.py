@@ -7,7 +7,7 @@ import pytest
 
 from model.config import UserError
 from pipelines.clips import captions
-from pipelines.prompts import apportion, of_file
+from pipelines.prompts import apportion, blocked_by, of_file
 
 
 def test_prompts_are_apportioned_by_largest_remainders_and_evenly_mixed() -> None:
@@ -31,3 +31,18 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
         of_file(str(tmp_path / "latin.txt"))
     with pytest.raises(UserError, match="nothing"):
         captions(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "entry"),
+    [
+        ("a Gun on a table", "gun"),
+        ("a gunner salutes", None),  # whole words
+        ("two men,  fighting -- in a ring", "fighting in a ring"),
+        ("fighting", None),
+        ("ein ÜBERFALL", "überfall"),
+        ("a cat", None),
+    ],
+)
+def test_blocked_words_and_phrases(prompt: str, entry: str | None) -> None:
+    assert blocked_by(prompt, ("gun", "  ", "fighting in a ring", "überfall")) == entry

@@ -155,6 +155,22 @@ def test_a_prompt_that_is_too_long_is_not_cut(cascade_config: CascadeConfig) -> 
         Cascade(cascade_config, "cpu").sample(["red " * 40], [0])
 
 
+def test_blocked_prompts_are_left_out_and_told(
+    cascade_config: CascadeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocking = replace(cascade_config, blocked=("gun",))
+    c = SampleConfig(("a cat", "a gun", "a dog"), str(tmp_path), blocking, device="cpu")
+    sample(c)
+    listed = json.loads((tmp_path / "samples.json").read_text())
+    assert [(clip["prompt"], clip["seed"]) for clip in listed["clips"]] == [("a cat", 0), ("a dog", 2)]
+    assert listed["refused"] == ["a gun"] and "blocked" not in listed["settings"]
+    assert "1 prompts hold something" in capsys.readouterr().out
+    with pytest.raises(UserError, match="all of them hold something of cascade.blocked"):
+        sample(replace(c, prompts=("a gun",)))
+    with pytest.raises(UserError, match="'my gun' is not served: it holds 'gun'"):
+        Cascade(blocking, "cpu").sample(["my gun"], [0])
+
+
 def test_stages_that_do_not_belong_together_are_refused(
     cascade_config: CascadeConfig, tmp_path: Path, write_stage: Callable[..., Path]
 ) -> None:
