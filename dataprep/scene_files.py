@@ -19,6 +19,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import threading
@@ -88,6 +89,7 @@ class SceneFilesConfig:
     max_seconds: float = 2.5
     sizes: tuple[tuple[int, int], ...] = ((320, 180), (426, 240), (320, 180), (640, 360), (180, 320))  # (width, height), in turn
     samples_per_tar: int = 16
+    prefix: str = ""  # of the files' names: sets that are prepared together must differ in them
     processes: int = 2
 
     def __post_init__(self) -> None:
@@ -103,6 +105,8 @@ class SceneFilesConfig:
             raise ValueError(f"sizes must be (width, height) pairs of even numbers from {MIN_SIDE} to {MAX_SIDE}")
         if not self.layouts or len(set(self.layouts)) < len(self.layouts):
             raise ValueError("layouts must name at least one layout, each once")
+        if not re.fullmatch(r"[a-z0-9-]{0,32}", self.prefix):
+            raise ValueError(f"prefix must be at most 32 lower-case letters, digits and dashes, got {self.prefix!r}")
         if self.samples_per_tar < 1 or self.processes < 1:
             raise ValueError("samples_per_tar and processes must be at least 1")
 
@@ -214,7 +218,7 @@ def _plan_item(config: SceneFilesConfig, index: int) -> Item:
     width, height = config.sizes[(number + number // len(FORMATS)) % len(config.sizes)]
     frame_rate = FRAME_RATES[number % len(FRAME_RATES)] if is_video else 0
     return Item(
-        key=f"{'video' if is_video else 'image'}-{number:05d}",
+        key=f"{config.prefix}{'video' if is_video else 'image'}-{number:05d}",
         layout=config.layouts[number % len(config.layouts)],
         scene=scene,
         caption=scene.caption() if is_video else scene.still_caption(),

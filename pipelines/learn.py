@@ -72,7 +72,7 @@ def _stages(c: LearnConfig, folder: Path) -> list[Stage]:
         Stage("draw held-out videos", (*scenes, *others, f"output={held_out / 'seen'}", f"num_videos={c.seen}")),
         Stage(
             "draw held-out videos of new combinations",
-            (*scenes, *others, f"output={held_out / 'new'}", f"num_videos={c.new}", "difficulty=benchmark_unseen"),
+            (*scenes, *others, f"output={held_out / 'new'}", f"num_videos={c.new}", "difficulty=benchmark_unseen", "prefix=new-"),
         ),
         Stage("build a small text encoder", (*MODULE, "dataprep.small_t5", f"{YAMLS}/small_t5.yaml")),
         Stage("prepare the data with Spark", prepare),

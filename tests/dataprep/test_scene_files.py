@@ -181,11 +181,17 @@ def test_refuses_a_folder_of_others(tmp_path: Path) -> None:
         ("min_seconds=3", "min_seconds <= max_seconds"),
         ("layouts=[folder,folder]", "each once"),
         ("layouts=[zip]", "folder"),
+        ("prefix=../", "prefix must be at most 32 lower-case letters"),
     ],
 )
 def test_wrong_configs_are_told_in_one_line(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(SceneFilesConfig, YAML, [override])
+
+
+def test_sets_with_other_prefixes_share_no_name(config: SceneFilesConfig) -> None:
+    names = [{item.file_name for item in plan_items(dataclasses.replace(config, prefix=prefix))} for prefix in ("", "new-")]
+    assert not names[0] & names[1] and {f"new-{name}" for name in names[0]} == names[1]
 
 
 def test_shipped_yaml_covers_every_pair() -> None:

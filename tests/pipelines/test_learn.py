@@ -66,14 +66,15 @@ def test_what_is_measured_against_is_right_and_a_second_start_runs_nothing_again
     assert again.returncode == 0 and again.stdout.count("done before") == 9
 
 
-# Of a run of this seed on 2 cores, with room for another machine's rounding. A change that learns worse exceeds them.
+# 1.3 times the losses of a run of this seed on 2 cores (0.156, 0.078, 0.055, 0.047, 0.047, 0.061): a change that learns worse
+# exceeds them. With the groups of four places that the yaml once had, the band from 2 to 4 took 2,700 steps to come so far.
 BOUNDS = {
-    "sigma_below_0.5": 0.2,
-    "sigma_0.5_to_1": 0.2,
-    "sigma_1_to_2": 0.2,
-    "sigma_2_to_4": 0.2,
-    "sigma_4_to_8": 0.2,
-    "sigma_above_8": 0.2,
+    "sigma_below_0.5": 0.203,
+    "sigma_0.5_to_1": 0.102,
+    "sigma_1_to_2": 0.071,
+    "sigma_2_to_4": 0.06,
+    "sigma_4_to_8": 0.061,
+    "sigma_above_8": 0.08,
 }
 
 
@@ -87,15 +88,15 @@ def test_two_minutes_of_training_learn_what_they_learnt(learned: tuple[Path, dic
     found = json.loads((folder / "learned" / "learned.json").read_text())
     background = [found[name]["stage1"]["rates"]["background"] for name in ("seen", "new")]
     assert sum(rate["right"] for rate in background) >= 0.8 * 36
-    for level in found["denoising"][2:]:  # from a noise of 1 on, only the caption says what the background is
-        assert level["shuffled"] > 1.5 * level["error"], level
+    for level in found["denoising"][-2:]:  # in much noise only the caption says what the background is
+        assert level["noise"] >= 4 and level["shuffled"] > 3 * level["error"], level
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_ablations_train_and_measure_each_variant_once(learned: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
     variants = [
-        {"name": "narrow", "overrides": ["model.network.latent_tokens=12"]},
+        {"name": "narrow", "overrides": ["model.network.latent_tokens=24"]},
         {"name": "unet", "train": "yamls/learn/unet.yaml"},
     ]
     overrides: dict[str, object] = {
