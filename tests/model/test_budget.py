@@ -26,7 +26,7 @@ def count(path: Path, *overrides: str, gpus: int = 8, gpu_memory: float = 80.0) 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(YAMLS).as_posix())
 def test_shipped_training_yamls_load_and_are_counted(path: Path) -> None:
-    b = count(path, gpus=2) if path.parent.name == "demo" else count(path)
+    b = count(path, gpus=2) if path.parent.name in ("demo", "learn") else count(path)
     assert b.parameters.total == sum(b.parameters.components.values())
     f, m = b.computation, b.memory
     if config.load(TrainConfig, path).model.self_conditioning:
