@@ -96,7 +96,9 @@ def ablations(c: AblationsConfig) -> None:
     Raises:
         UserError: settings that a training run would refuse, no data, another one at work in the folder, or a stage that failed.
     """
-    planned = [(variant, seed, _steps(c, variant)) for variant in c.variants for seed in c.seeds]  # told now, not after hours
+    steps = {
+        variant.name: _steps(c, variant) for variant in c.variants
+    }  # what training would refuse is told now, not after hours
     if not (Path(c.folder) / "shards").is_dir():
         raise UserError(f"{c.folder}: no shards; make learn prepares them")
     output = Path(c.output)
@@ -104,8 +106,8 @@ def ablations(c: AblationsConfig) -> None:
     found = []
     for seed in c.seeds:  # all variants once, then again: stopped early, it has something to show
         for variant in c.variants:
-            steps = next(count for other, at, count in planned if (other, at) == (variant, seed))
-            found.append(Measured(variant.name, seed, steps, _run(c, variant, seed, steps)))
+            metrics = _run(c, variant, seed, steps[variant.name])
+            found.append(Measured(variant.name, seed, steps[variant.name], metrics))
             _write(c, output, found)
     print(_table(c, found))
     print(f"figure: {output / 'ablations.png'}\nnumbers: {output / 'ablations.json'}")

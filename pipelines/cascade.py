@@ -45,7 +45,8 @@ class CascadeConfig:
     def __post_init__(self) -> None:
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
-        watermark.check(self.watermark)
+        if self.watermark == "":
+            raise ValueError("watermark must be a text, or null")
         if not (self.reconstruction >= 0 and math.isfinite(self.reconstruction)):
             raise ValueError(f"reconstruction must be finite and not negative, got {self.reconstruction}")
         if self.hierarchy:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from model import command, config, media, text
 from model.codec import from_pixels, to_pixels
 from model.config import UserError
+from model.data import batch
 from model.data.samples import derived_seed
 from model.diffusion import edm
 from model.generate import Request, draw, generate
@@ -115,11 +116,11 @@ def learned(c: LearnedConfig) -> None:
         UserError: models or data sets that are missing or do not fit each other.
     """
     device = c.device or default_device()
-    cascade = Cascade(replace(c.cascade, stage2=None), device)
-    asked = examples(c, cascade.stage1.denoiser.config.network.size[0])
+    alone = Cascade(replace(c.cascade, stage2=None), device)
+    asked = examples(c, alone.stage1.denoiser.config.network.size[0])
     output = Path(c.output)
     output.mkdir(parents=True, exist_ok=True)
-    made = sample(c, cascade, asked, "stage 1")
+    made = sample(c, alone, asked, "stage 1")
     tree: dict[str, Any] = {}
     for name, is_new in (("seen", False), ("new", True)):
         here = [n for n, example in enumerate(asked) if example.is_new == is_new]
@@ -129,7 +130,7 @@ def learned(c: LearnedConfig) -> None:
             print(f"\n{name} combinations, stage 1, {len(part)} clips\n{table(found, real)}", flush=True)
             apart = distance(found.features, real.features) if len(here) > 1 else None
             tree[name] = {"stage1": _tree(found), "real": _tree(real), "distance": apart}
-    levels = denoising(c, cascade, asked) if c.noise else []
+    levels = denoising(c, alone, asked) if c.noise else []
     if levels:
         tree["denoising"] = [vars(level) for level in levels]
         print("\nnoise  error of D  with other captions")
@@ -137,17 +138,17 @@ def learned(c: LearnedConfig) -> None:
     shown = _chosen(asked, c.sheet)
     media.write_contact_sheet(output / "stage1.png", [made[n] for n in shown], [_line(asked[n]) for n in shown])
     if c.high is not None:
-        cascade = Cascade(c.cascade, device)
+        both = Cascade(c.cascade, device)
         part = [asked[n] for n in _chosen(asked, c.upsampled)]
-        high = sample(c, cascade, part, "both stages")
+        high = sample(c, both, part, "both stages")
         found = _score(c, part, high)
         print(f"\nboth stages, {len(part)} clips\n{table(found)}", flush=True)
         tree["cascade"] = _tree(found)
-        gain = upsampling(c, cascade, part)
+        gain = upsampling(c, both, part)
         print(f"stage 2 on real clips: {gain.stage2:.2f} dB, bicubic upsampling {gain.bicubic:.2f} dB")
         tree["upsampling"] = vars(gain)
         media.write_contact_sheet(output / "stage2.png", high[: c.sheet], [_line(example) for example in part[: c.sheet]])
-    points = sweep(c, cascade, [asked[n] for n in _chosen(asked, c.swept)]) if c.guidances else []
+    points = sweep(c, alone, [asked[n] for n in _chosen(asked, c.swept)]) if c.guidances else []
     if points:
         tree["guidance"] = [vars(point) for point in points]
         _draw(points, output / "guidance.png")
@@ -214,7 +215,8 @@ def denoising(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> l
                 generators = [torch.Generator().manual_seed(derived_seed(c.seed, asked[n].number, row)) for n in part]
                 eps = draw(generators, x.shape[1:], cascade.device)
                 sigma = torch.full((len(part),), level / denoiser.config.diffusion.sigma_in, device=cascade.device)
-                x_sigma = edm.process(denoiser.config.diffusion, sigma.isnan()).add_noise(x, eps, sigma)
+                no_images = torch.zeros_like(sigma, dtype=torch.bool)
+                x_sigma = edm.process(denoiser.config.diffusion, no_images).add_noise(x, eps, sigma)
                 for column in range(2):
                     said = [(n + column * (len(asked) // 2)) % len(asked) for n in part]
                     told = Conditioning(
@@ -248,14 +250,14 @@ def upsampling(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> 
             samples = [clips.read(example.number) for example in part]
             if [found.caption for found in samples] != [example.caption for example in part]:
                 raise UserError(f"{c.high}: holds other clips than {c.low}, or in another order")
-            real = from_pixels(torch.stack([found.frames for found in samples]))
+            given = batch.unpack(batch.collate(samples, cascade.encoder.max_tokens), denoiser.config.network.size[0])
+            real = given["video"]
             low = denoiser.downsample(real)
-            states, mask = text.pad([found.text for found in samples], cascade.encoder.max_tokens)
             request = Request(
-                text=states.to(cascade.device),
-                text_mask=mask.to(cascade.device),
-                frame_rate=torch.tensor([found.frame_rate for found in samples], device=cascade.device),
-                resolution=torch.tensor([found.resolution for found in samples], dtype=torch.float32, device=cascade.device),
+                text=given["text"].to(cascade.device),
+                text_mask=given["text_mask"].to(cascade.device),
+                frame_rate=given["frame_rate"].to(cascade.device),
+                resolution=given["resolution"].to(cascade.device),
                 generators=[torch.Generator().manual_seed(derived_seed(c.seed, example.number)) for example in part],
                 low_resolution=low,
             )
@@ -274,9 +276,8 @@ def psnr(video: Tensor, real: Tensor) -> float:
     return min(100.0, -10 * math.log10(error)) if error else 100.0
 
 
-def sweep(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> list[Guided]:
-    """Stage 1 at each weight of guidance."""
-    alone = Cascade(replace(c.cascade, stage2=None), cascade.device) if cascade.stage2 else cascade
+def sweep(c: LearnedConfig, alone: Cascade, asked: Sequence[Example]) -> list[Guided]:
+    """A cascade of stage 1 alone at each weight of guidance."""
     real, points = _score(c, asked), []
     for guidance in c.guidances:
         found = _score(c, asked, sample(c, alone, asked, f"guidance {guidance:g}", guidance=guidance))

@@ -1,5 +1,6 @@
 """Prompts of a sampling job: from a file or another source, how often each is taken, and which are not served."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,12 +24,14 @@ def of_file(path: str) -> list[str]:
 
 def blocked_by(prompt: str, blocked: Sequence[str]) -> str | None:
     """The first of the ``blocked`` words and phrases that a prompt holds: as whole words, whatever the case and the spaces."""
-    said = " ".join(re.findall(r"\w+", prompt.casefold()))
-    for entry in blocked:
-        words = " ".join(re.findall(r"\w+", entry.casefold()))
-        if words and f" {words} " in f" {said} ":
-            return entry
-    return None
+    said = _words(prompt)
+    return next((entry for entry in blocked if (words := _words(entry)).strip() and words in said), None)
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a list is asked for again with each prompt
+def _words(sentence: str) -> str:
+    """The words alone, in lower case, each between spaces."""
+    return " " + " ".join(re.findall(r"\w+", sentence.casefold())) + " "
 
 
 def apportion(prompts: Sequence[str], number: int) -> list[str]:

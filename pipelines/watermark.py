@@ -40,15 +40,6 @@ class Found:
         return self.chance < MAX_CHANCE
 
 
-def check(text: str | None) -> None:
-    """
-    Raises:
-        ValueError: an empty text.
-    """
-    if text is not None and not text:
-        raise ValueError("watermark must be a text, or null")
-
-
 def _bits(text: str) -> np.ndarray:
     return np.unpackbits(np.frombuffer(hashlib.sha256(text.encode()).digest()[: BITS // 8], np.uint8))
 
@@ -86,10 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     found: list[Found] = []
 
     def body() -> None:
-        try:
-            check(options.text)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        if not options.text:
+            raise UserError("text: it is empty")
         found.append(read(media.read_video(options.video, MAX_FRAMES).frames, options.text))
         told = "holds the watermark" if found[0].is_marked else "no watermark found"
         print(f"{options.video}: {told} ({found[0].agreeing} of {found[0].bits} bits of {options.text!r})")
