@@ -362,9 +362,10 @@ def _is_finished(output: Path, config: SceneFilesConfig) -> bool:
     """Whether ``output`` holds this config's set, whole; marks a new or empty folder as begun."""
     marker = output / MARKER_NAME
     if marker.is_file():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             state = json.loads(marker.read_text(encoding="utf-8"))
-            if isinstance(state, dict) and state.get("config") == _content(config):
+            # Settings that the set is older than had what is now their default.
+            if isinstance(state, dict) and {**_content(SceneFilesConfig("")), **state["config"]} == _content(config):
                 return state.get("finished") is True
         raise UserError(f"{output} holds scenes of another config; choose another output, or delete it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -166,6 +166,17 @@ def test_a_finished_set_is_left_alone(config: SceneFilesConfig, made: dict[str, 
         make(dataclasses.replace(config, seed=1))
 
 
+def test_a_set_from_before_a_setting_existed_counts_as_of_its_default(tmp_path: Path) -> None:
+    config = SceneFilesConfig(str(tmp_path / "set"), 1, 0, layouts=("folder",), processes=1)
+    marker = make(config) / scene_files.MARKER_NAME
+    state = json.loads(marker.read_text())
+    del state["config"]["prefix"]
+    marker.write_text(json.dumps(state))
+    assert make(config) == marker.parent
+    with pytest.raises(UserError, match="another config"):
+        make(dataclasses.replace(config, prefix="new-"))
+
+
 def test_refuses_a_folder_of_others(tmp_path: Path) -> None:
     (tmp_path / "holiday.mp4").write_bytes(b"precious")
     with pytest.raises(UserError, match="not made by this command"):
