@@ -364,8 +364,7 @@ def _is_finished(output: Path, config: SceneFilesConfig) -> bool:
     if marker.is_file():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             state = json.loads(marker.read_text(encoding="utf-8"))
-            # Settings that the set is older than had what is now their default.
-            if isinstance(state, dict) and {**_content(SceneFilesConfig("")), **state["config"]} == _content(config):
+            if {**_content(SceneFilesConfig("")), **state["config"]} == _content(config):  # a set may be older than a setting
                 return state.get("finished") is True
         raise UserError(f"{output} holds scenes of another config; choose another output, or delete it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
