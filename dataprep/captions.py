@@ -7,6 +7,7 @@ from dataprep.filters import Rejected
 
 MAX_BYTES = 1 << 20  # of a sidecar; a larger file is no caption
 MAX_CHARACTERS = 5000
+MISSING = "caption missing"  # the reason for which there is none; the others say what is wrong with one
 JSON_KEYS = ("caption", "text")  # the first one present counts
 
 
@@ -32,7 +33,7 @@ def from_json(raw: bytes) -> str:
     for key in JSON_KEYS:
         if isinstance(tree, dict) and isinstance(tree.get(key), str):
             return normalise(tree[key])
-    raise Rejected("caption missing", f"the JSON sidecar has no string under {' or '.join(JSON_KEYS)}")
+    raise Rejected(MISSING, f"the JSON sidecar has no string under {' or '.join(JSON_KEYS)}")
 
 
 def normalise(text: str) -> str:
@@ -46,7 +47,7 @@ def normalise(text: str) -> str:
     spaced = "".join(" " if unicodedata.category(c) == "Cc" else c for c in unicodedata.normalize("NFC", text))
     caption = " ".join(spaced.split())
     if not caption:
-        raise Rejected("caption missing", "empty")
+        raise Rejected(MISSING, "empty")
     if len(caption) > MAX_CHARACTERS:
         raise Rejected("caption too long", f"{len(caption)} characters, more than {MAX_CHARACTERS}")
     return caption

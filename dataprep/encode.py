@@ -63,6 +63,12 @@ class Packed:
     frames: bytes
     frame_ends: np.ndarray  # (T,) uint32
 
+    def frame(self, number: int, stage: StageConfig) -> np.ndarray:
+        """One of them, (H, W, 3) uint8 RGB."""
+        begin = int(self.frame_ends[number - 1]) if number else 0
+        data = self.frames[begin : int(self.frame_ends[number])]
+        return np.asarray(decode_frame(data, stage.height, stage.width, stage.frame_format))
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
@@ -82,6 +88,13 @@ def encode_frame(image: np.ndarray, stage: StageConfig) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=stage.jpeg_quality, subsampling="4:2:0")
     return buffer.getvalue()
+
+
+def decode_frame(data: bytes, height: int, width: int, frame_format: FrameFormat) -> Image.Image:
+    """The picture of a frame's stored bytes."""
+    if frame_format == "raw":
+        return Image.frombytes("RGB", (width, height), data)
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def pack(frames: list[bytes]) -> Packed:

@@ -61,7 +61,7 @@ def read_caption(item: Item, config: FetchConfig = fetch.DEFAULTS) -> str:
     if item.caption_text is not None:
         return captions.normalise(item.caption_text)
     if item.caption is None:
-        raise Rejected("caption missing", f"no {' or '.join(CAPTION_SUFFIXES)} beside it")
+        raise Rejected(captions.MISSING, f"no {' or '.join(CAPTION_SUFFIXES)} beside it")
     with open_span(item.caption, config) as file:
         raw = file.read(captions.MAX_BYTES + 1)
     return captions.from_json(raw) if item.caption_is_json else captions.from_text(raw)

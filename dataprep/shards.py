@@ -36,7 +36,7 @@ from model.data.schema import COLUMNS
 
 JOB_NAME = "job.json"  # in the output: what made it
 PART_NAME = "part.json"  # in a part: its shards, for the index
-POOL_VERSION = 4  # of what the pool holds: another one decodes again
+POOL_VERSION = 5  # of what the pool holds: another one decodes again
 POOL_NAME = "pool"  # in the output: every decoded clip
 SHARDS_NAME = "shards.parquet"  # in the pool: one row per shard
 ITEMS_NAME = "items.parquet"  # in the output: one row per input item; in the pool, as it was before selection
@@ -85,6 +85,7 @@ class ClipRow(Scores):
     item: str  # key of its item
     kind: str
     caption: str
+    captioner: str = ""  # the model that wrote the caption; empty where it came with the media
     frames: int  # stored
     start_seconds: float  # in its source
     shot: int = 0  # of its source
@@ -95,7 +96,7 @@ class ClipRow(Scores):
 
 def schema(row: type) -> pa.Schema:
     """The parquet columns of a dataclass of plain values."""
-    types = {str: pa.string(), int: pa.int32(), float: pa.float64(), bool: pa.bool_()}
+    types = {str: pa.string(), int: pa.int32(), float: pa.float64(), bool: pa.bool_(), float | None: pa.float64()}
     special = {"phash": pa.uint64()}
     return pa.schema([(field.name, special.get(field.name, types[field.type])) for field in dataclasses.fields(row)])  # type: ignore[index]
 

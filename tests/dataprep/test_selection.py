@@ -152,3 +152,20 @@ def test_nothing_selected_is_the_users_error(finished: Path) -> None:
 def test_thresholds_out_of_range_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="between 0 and"):
         SelectConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("found", "limits", "reason"),
+    [
+        ({"text_area": 0.2}, {"max_text_area": 0.1}, "text"),
+        ({"text_area": 0.1}, {"max_text_area": 0.1}, None),
+        ({"text_area": 0.9}, {}, None),
+        ({"aesthetic": -1.5}, {"min_aesthetic": -1.0}, "unaesthetic"),
+        ({"aesthetic": -1.0}, {"min_aesthetic": -1.0}, None),
+        ({"aesthetic": -9.0}, {}, None),
+    ],
+)
+def test_scores_by_models_count_where_a_threshold_is_set(found: dict[str, float], limits: dict[str, float], reason: str) -> None:
+    scores = dataclasses.replace(GOOD, **found)
+    fault = selection.fault("video", scores, SelectConfig(**limits))  # type: ignore[arg-type]
+    assert (fault and fault.reason) == reason
