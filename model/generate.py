@@ -53,8 +53,8 @@ def draw(generators: Sequence[torch.Generator], shape: Sequence[int], device: to
 class GuidedDenoiser:
     """``denoise(x, sigma)`` with classifier-free guidance and thresholding; carries each branch's latents from call to call.
 
-    Both branches run in one batch of 2B. Frames that are known are part of the estimate, which keeps them on their straight way
-    through the noise levels; the gradient of what the network makes of them steers the others.
+    Both branches run in one batch of 2B, or one after the other. Frames that are known are part of the estimate, which keeps them
+    on their straight way through the noise levels; the gradient of what the network makes of them steers the others.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class GuidedDenoiser:
         self.guided = config.guidance != 1 or config.oscillation is not None
         self.levels = sampler.noise_levels(config)
         self.weights = sampler.guidance_weights(config)
-        self.conditioning = _doubled(conditioning) if self.guided else conditioning
+        self.branches = _branches(conditioning, config.batched_guidance) if self.guided else [conditioning]
         self.sigma_in = sigma_in
         self.known = known
-        self.latents: Tensor | None = None
+        self.latents: list[Tensor | None] = [None] * len(self.branches)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         if self.known is None:
@@ -89,14 +89,17 @@ class GuidedDenoiser:
 
     def _estimates(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """D with classifier-free guidance, and that of the conditional branch alone."""
-        if self.guided:
-            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        conditioning = replace(self.conditioning, c_noise=edm.c_noise(sigma))
-        estimate, latents = self.denoiser.denoise(x, sigma, conditioning, self.latents)
-        self.latents = None if latents is None else latents.detach()
+        estimates: list[Tensor] = []
+        for number, branch in enumerate(self.branches):
+            copies = len(branch.text) // len(x)
+            levels = sigma.repeat(copies)
+            told = replace(branch, c_noise=edm.c_noise(levels))
+            estimate, latents = self.denoiser.denoise(torch.cat([x] * copies), levels, told, self.latents[number])
+            self.latents[number] = None if latents is None else latents.detach()
+            estimates += estimate.chunk(copies)
         if not self.guided:
-            return estimate, estimate
-        conditional, unconditional = estimate.chunk(2)
+            return estimates[0], estimates[0]
+        conditional, unconditional = estimates
         return sampler.guide(conditional, unconditional, self._weight(sigma)), conditional
 
     def _steered(self, x: Tensor, sigma: Tensor, known: Known) -> Tensor:
@@ -173,14 +176,16 @@ def _in_model_space(known: Known, denoiser: Denoiser, device: torch.device) -> K
     return replace(known, video=denoiser.codec.encode(video), frames=known.frames.to(device))
 
 
-def _doubled(c: Conditioning) -> Conditioning:
-    """The conditional batch followed by the same without text."""
+def _branches(c: Conditioning, batched: bool) -> list[Conditioning]:
+    """With text and without: one batch, the conditional half first, or two."""
     dropped = c.without_text()
+    if not batched:
+        return [c, dropped]
 
     def twice(values: Tensor | None) -> Tensor | None:
         return None if values is None else torch.cat([values, values])
 
-    return Conditioning(
+    doubled = Conditioning(
         c_noise=torch.cat([c.c_noise, c.c_noise]),
         text=torch.cat([c.text, c.text]),
         text_mask=torch.cat([c.text_mask, dropped.text_mask]),
@@ -189,3 +194,4 @@ def _doubled(c: Conditioning) -> Conditioning:
         low_resolution=twice(c.low_resolution),
         corruption=twice(c.corruption),
     )
+    return [doubled]

@@ -1,7 +1,8 @@
 """The two-stage cascade, pulled from the registry: prompts -> low-resolution video -> high-resolution video (section 3.4)."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipelines.prompts import blocked_by
 class CascadeConfig:
     """Which models to pull, and how to sample them."""
 
-    stage1: str = "models:/snapvideo-stage1@candidate"  # or a folder
+    stage1: str | None = "models:/snapvideo-stage1@candidate"  # or a folder; None: stage 2 alone, on clips that exist
     stage2: str | None = "models:/snapvideo-stage2@candidate"  # None: stage 1's result is the result
     tracking_uri: str = "sqlite:///runs/mlflow.db"  # of the registry
     text_encoder: str | None = None  # None: the one that the models' data manifest names
@@ -38,6 +39,8 @@ class CascadeConfig:
     # Lower frame rates at which a longer clip is laid out first, rising; each divides the next, the last one frame_rate.
     hierarchy: tuple[float, ...] = ()
     reconstruction: float = 1.0  # weight of reconstruction guidance, by which frames fit those that exist
+    offload: bool = False  # keep each part (text encoder, stages) on the device only while it is at work
+    upsampled_at_once: int | None = None  # clips of a batch that go through stage 2 together; None: all
     blocked: tuple[str, ...] = ()  # words and phrases: prompts that hold one are not served
     # Hidden in clips of 256x256 pixels and more (pipelines/watermark.py); null for clips that are to be measured.
     watermark: str | None = watermark.TEXT
@@ -45,6 +48,10 @@ class CascadeConfig:
     def __post_init__(self) -> None:
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
+        if self.stage1 is None and self.stage2 is None:
+            raise ValueError("stage1 or stage2 must name a model")
+        if self.upsampled_at_once is not None and self.upsampled_at_once < 1:
+            raise ValueError(f"upsampled_at_once must be at least 1, got {self.upsampled_at_once}")
         if self.watermark == "":
             raise ValueError("watermark must be a text, or null")
         if not (self.reconstruction >= 0 and math.isfinite(self.reconstruction)):
@@ -84,28 +91,47 @@ class Cascade:
     def __init__(self, config: CascadeConfig, device: str | torch.device) -> None:
         self.config = config
         self.device = torch.device(device)
-        self.stage1 = checkpoint.load(registry.fetch(config.stage1, config.tracking_uri), device)
-        self.stage2: Published | None = None
-        if config.stage2:
-            self.stage2 = checkpoint.load(registry.fetch(config.stage2, config.tracking_uri), device)
+        home = "cpu" if config.offload else device
+        stages = [
+            uri and checkpoint.load(registry.fetch(uri, config.tracking_uri), home) for uri in (config.stage1, config.stage2)
+        ]
+        self.stage1: Published | None = stages[0] or None
+        self.stage2: Published | None = stages[1] or None
+        if self.stage1 and self.stage2:
             _require_fit(self.stage1, self.stage2, config)
-        trained_with = next(iter(self.stage1.manifests.values())).text
+        elif self.stage1:
+            _require_first(self.stage1, str(config.stage1))
+        elif self.stage2:
+            _require_second(self.stage2, str(config.stage2))
+        name, stage = (config.stage1, self.stage1) if self.stage1 else (config.stage2, self.stage2)
+        assert stage is not None
+        trained_with = next(iter(stage.manifests.values())).text
         path = config.text_encoder or trained_with.encoder
-        self.encoder = text.TextEncoder(path, trained_with.max_tokens, device)
+        self.encoder = text.TextEncoder(path, trained_with.max_tokens, home)
         found = text.revision(path)
         if found != trained_with.revision:
-            raise UserError(
-                f"text encoder {path}: revision {found}, but {config.stage1} was trained with {trained_with.revision} "
-                f"({trained_with.encoder})"
-            )
+            wanted = f"{trained_with.revision} ({trained_with.encoder})"
+            raise UserError(f"text encoder {path}: revision {found}, but {name} was trained with {wanted}")
 
     def to(self, device: str | torch.device) -> None:
-        """Move both stages and the text encoder."""
+        """Move both stages and the text encoder; those that are kept off the device go there for their work alone."""
         self.device = torch.device(device)
-        for stage in (self.stage1, self.stage2):
-            if stage is not None:
-                stage.denoiser.to(device)
-        self.encoder.to(device)
+        if not self.config.offload:
+            for stage in (self.stage1, self.stage2):
+                if stage is not None:
+                    stage.denoiser.to(device)
+            self.encoder.to(device)
+
+    @contextlib.contextmanager
+    def at_work(self, part: Denoiser | text.TextEncoder) -> Iterator[None]:
+        """Within, a part of the cascade is on the device; afterwards, where so configured, on the CPU."""
+        if self.config.offload:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            if self.config.offload:
+                part.to("cpu")
 
     def sample(
         self,
@@ -129,47 +155,86 @@ class Cascade:
                 trained with.
         """
         c = settings or self.config
+        if self.stage1 is None:
+            raise UserError("cascade.stage1 is null, so there are no clips for stage 2: name a first stage, or clips to upsample")
         stage1 = self.stage1.denoiser
         length = c.frames or stage1.config.network.size[0]
+        low_given, high_given = self._given(given or {}, length, len(prompts))
+        request = self._request(prompts, seeds, c)
+        plan = long_video.windows(length, stage1.config.network.size[0], c.strides, low_given)
+
+        def make(window: Window, known: Known | None) -> Tensor:
+            bars = progress(_titled("stage 1", plan, window), c.stage1_sampler.steps) if progress else None
+            told = replace(request, frame_rate=request.frame_rate / window.stride, known=known)
+            return generate(stage1, told, c.stage1_sampler, bars)
+
+        with self.at_work(stage1):
+            low = long_video.generate(plan, length, low_given, c.reconstruction, make)
+        high = low if self.stage2 is None else self._upsample(request, low, c, progress, high_given)
+        return Clips(to_pixels(low).cpu(), _marked(high, c.watermark))
+
+    def upsample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        low: Tensor,
+        progress: Progress | None = None,
+        settings: CascadeConfig | None = None,
+    ) -> Clips:
+        """Stage 2 alone: clips that exist, (B, T, C, h, w) in [-1, 1] at stage 1's size, and their captions.
+
+        Raises:
+            UserError: there is no stage 2, or a prompt as in ``sample``.
+        """
+        c = settings or self.config
+        high = self._upsample(self._request(prompts, seeds, c), low.to(self.device), c, progress, {})
+        return Clips(to_pixels(low).cpu(), _marked(high, c.watermark))
+
+    def _request(self, prompts: Sequence[str], seeds: Sequence[int], c: CascadeConfig) -> Request:
         for prompt in prompts:
             if (entry := blocked_by(prompt, c.blocked)) is not None:
                 raise UserError(f"prompt {prompt[:40]!r} is not served: it holds {entry!r}")
             tokens = self.encoder.num_tokens(prompt)
             if tokens > self.encoder.max_tokens:
                 raise UserError(f"prompt {prompt[:40]!r}... has {tokens} tokens, the models take {self.encoder.max_tokens}")
-        low_given, high_given = self._given(given or {}, length, len(prompts))
-        states, mask = text.pad(self.encoder.encode(list(prompts)), self.encoder.max_tokens)
-        request = Request(
+        with self.at_work(self.encoder):
+            states, mask = text.pad(self.encoder.encode(list(prompts)), self.encoder.max_tokens)
+        return Request(
             text=states.to(self.device),
             text_mask=mask.to(self.device),
             frame_rate=torch.full((len(prompts),), c.frame_rate, device=self.device),
             resolution=torch.tensor([c.resolution] * len(prompts), dtype=torch.float32, device=self.device),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
-        plan = long_video.windows(length, stage1.config.network.size[0], c.strides, low_given)
 
-        def make_low(window: Window, known: Known | None) -> Tensor:
-            bars = progress(_titled("stage 1", plan, window), c.stage1_sampler.steps) if progress else None
-            told = replace(request, frame_rate=request.frame_rate / window.stride, known=known)
-            return generate(stage1, told, c.stage1_sampler, bars)
-
-        low = long_video.generate(plan, length, low_given, c.reconstruction, make_low)
+    def _upsample(
+        self, request: Request, low: Tensor, c: CascadeConfig, progress: Progress | None, given: Mapping[int, Tensor]
+    ) -> Tensor:
+        """Stage 2: (B, T, C, h, w) -> (B, T, C, H, W), both in [-1, 1]; ``given`` frames are (B, C, H, W)."""
         if self.stage2 is None:
-            return Clips(to_pixels(low).cpu(), _marked(low, c.watermark))
-        stage2 = self.stage2.denoiser
-        upsampling_plan = long_video.windows(length, stage2.config.network.size[0], (1,), high_given)
+            raise UserError("cascade.stage2 is null, so nothing can be upsampled: name a second stage")
+        stage2, length = self.stage2.denoiser, low.shape[1]
+        plan = long_video.windows(length, stage2.config.network.size[0], (1,), given)
+        at_once = c.upsampled_at_once or len(low)
+        made = []
+        with self.at_work(stage2):
+            for start in range(0, len(low), at_once):
+                rows = slice(start, start + at_once)
+                some = _rows(request, rows)
 
-        def make_high(window: Window, known: Known | None) -> Tensor:
-            bars = progress(_titled("stage 2", upsampling_plan, window), c.stage2_sampler.steps) if progress else None
-            frames = low[:, [min(number, length - 1) for number in window.frames]]
-            told = replace(request, low_resolution=frames, corruption=c.corruption, known=known)
-            return generate(stage2, told, c.stage2_sampler, bars)
+                def make(window: Window, known: Known | None, rows: slice = rows, some: Request = some) -> Tensor:
+                    bars = progress(_titled("stage 2", plan, window), c.stage2_sampler.steps) if progress else None
+                    frames = low[rows, [min(number, length - 1) for number in window.frames]]
+                    told = replace(some, low_resolution=frames, corruption=c.corruption, known=known)
+                    return generate(stage2, told, c.stage2_sampler, bars)
 
-        high = long_video.generate(upsampling_plan, length, high_given, c.reconstruction, make_high)
-        return Clips(to_pixels(low).cpu(), _marked(high, c.watermark))
+                there = {number: picture[rows] for number, picture in given.items()}
+                made.append(long_video.generate(plan, length, there, c.reconstruction, make))
+        return torch.cat(made)
 
     def _given(self, given: Mapping[int, Image.Image], length: int, clips: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Given pictures for stage 1 and for stage 2: (clips, C, H, W) in [-1, 1] by the number of the frame."""
+        assert self.stage1 is not None
         low: dict[int, Tensor] = {}
         high: dict[int, Tensor] = {}
         for place, picture in given.items():
@@ -203,12 +268,26 @@ def _titled(stage: str, plan: Sequence[Window], window: Window) -> str:
     return stage if len(plan) == 1 else f"{stage}, window {plan.index(window) + 1} of {len(plan)}"
 
 
+def _rows(request: Request, rows: slice) -> Request:
+    tensors = {name: getattr(request, name)[rows] for name in ("text", "text_mask", "frame_rate", "resolution", "generators")}
+    return replace(request, **tensors)
+
+
+def _require_first(stage: Published, name: str) -> None:
+    if stage.denoiser.config.upsampler is not None:
+        raise UserError(f"{name} is an upsampler: name a first stage as stage1")
+
+
+def _require_second(stage: Published, name: str) -> None:
+    if stage.denoiser.config.upsampler is None:
+        raise UserError(f"{name} is no upsampler: name a second stage as stage2")
+
+
 def _require_fit(stage1: Published, stage2: Published, config: CascadeConfig) -> None:
+    _require_first(stage1, str(config.stage1))
+    _require_second(stage2, str(config.stage2))
     low, high = stage1.denoiser.config, stage2.denoiser.config
-    if low.upsampler is not None:
-        raise UserError(f"{config.stage1} is an upsampler: name a first stage as stage1")
-    if high.upsampler is None:
-        raise UserError(f"{config.stage2} is no upsampler: name a second stage as stage2")
+    assert high.upsampler is not None
     made = (low.network.size[0], low.codec.height, low.codec.width)
     wanted = (high.network.size[0], high.codec.height // high.upsampler.factor, high.codec.width // high.upsampler.factor)
     if made != wanted:

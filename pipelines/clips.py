@@ -9,7 +9,7 @@ from streaming import LocalDataset
 
 from model.config import UserError
 from model.data.batch import Sample
-from model.data.samples import View, decode_sample, derived_seed
+from model.data.samples import View, decode_sample, derived_seed, stride_of
 from model.data.shards import open_source
 
 
@@ -38,12 +38,16 @@ class RealClips:
     """Windows of a data set's clips: of each, frame rate and place are drawn from the seed and its number.
 
     Raises:
-        UserError: no data set.
+        UserError: no data set, or one whose frame rate none of the wanted ones divides.
     """
 
     def __init__(self, location: str, frames: int, frame_rates: Sequence[float], seed: int) -> None:
         source = open_source(location, None)
         self.location, self.manifest = source.location, source.manifest
+        stored = self.manifest.frame_rate
+        if self.manifest.kind == "videos" and not any(stride_of(stored, rate) for rate in frame_rates):
+            wanted = ", ".join(f"{rate:g}" for rate in frame_rates)
+            raise UserError(f"{location}: stored at {stored:g} frames per second, of which {wanted} is no whole part")
         text = self.manifest.text
         self._view = View(frames, tuple(frame_rates), text.width, text.max_tokens, seed)
         self._rows = LocalDataset(str(source.folder))

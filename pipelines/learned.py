@@ -67,6 +67,8 @@ class LearnedConfig:
             raise ValueError("frame_rates must name at least one, speed be above 0, and limit at least 1")
         if not all(level > 0 for level in self.noise):
             raise ValueError(f"noise levels must be above 0, got {list(self.noise)}")
+        if self.cascade.stage1 is None:
+            raise ValueError("cascade.stage1 must name a model")
         if (self.high is None) != (self.cascade.stage2 is None):
             raise ValueError("high and cascade.stage2 belong together: name both or neither")
 
@@ -117,6 +119,7 @@ def learned(c: LearnedConfig) -> None:
     """
     device = c.device or default_device()
     alone = Cascade(replace(c.cascade, stage2=None), device)
+    assert alone.stage1 is not None
     asked = examples(c, alone.stage1.denoiser.config.network.size[0])
     output = Path(c.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -204,6 +207,7 @@ def sample(
 @torch.no_grad()
 def denoising(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> list[Denoised]:
     """Stage 1 on the real clips at each noise level, with the same noise for every model."""
+    assert cascade.stage1 is not None
     denoiser = cascade.stage1.denoiser.eval()
     states, mask = text.pad(cascade.encoder.encode([example.caption for example in asked]), cascade.encoder.max_tokens)
     errors = torch.zeros(len(c.noise), 2, dtype=torch.float64)

@@ -87,6 +87,8 @@ def serve(c: ServingConfig) -> None:
     Raises:
         UserError: models or the text encoder that cannot be had, or an encoder that is no folder.
     """
+    if c.cascade.stage1 is None:
+        raise UserError("cascade.stage1 is null: a served model starts from prompts, so it needs a first stage")
     cascade = Cascade(c.cascade, "cpu")  # says what does not belong together
     uri = c.cascade.tracking_uri
     encoder = Path(cascade.encoder.path).expanduser()

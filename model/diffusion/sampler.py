@@ -56,6 +56,7 @@ class SamplerConfig:
     guidance: float = 7.5  # classifier-free guidance weight; 1 switches it off
     oscillation: OscillationConfig | None = None  # None: the same guidance at all noise levels
     churn: ChurnConfig = field(default_factory=ChurnConfig)
+    batched_guidance: bool = True  # both branches in one batch; false: one after the other, for less memory
     threshold_quantile: float = 0.995  # dynamic thresholding of D; 1 clips at the largest value, 0 switches it off
     sigma_min: float = 0.002  # effective noise at the end is sigma_min * sigma_in
     sigma_max: float = 80.0
