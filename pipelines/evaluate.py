@@ -2,15 +2,16 @@
 
 ``python -m pipelines.evaluate yamls/evaluate.yaml generated=runs/samples reference=data/shards/stage1/videos``, or
 ``composer -n N pipelines/evaluate.py ...`` to share the clips among N. Writes evaluation.json beside the clips, and logs
-to MLflow if asked to. Sums over the real clips are kept, and not computed again.
+to MLflow if asked to. Sums over the real clips are kept, and not computed again; a job that died goes on where it was.
 """
 
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 # Composer's launcher puts pipelines/ first on the path, where a file of ours could shadow a library.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -29,6 +30,8 @@ from model.registry import TrackingConfig  # noqa: E402
 from pipelines.clips import Made, RealClips, made  # noqa: E402
 from pipelines.metrics import ClipSimilarity, Extractor, ExtractorConfig, Frechet, inception_score  # noqa: E402
 from pipelines.ranks import Ranks, default_device  # noqa: E402
+from pipelines.results import PublishedConfig, Result, beside  # noqa: E402
+from pipelines.unfinished import Unfinished  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,6 @@ class ClipModelConfig:
 
     path: str
     revision: str | None = None  # hash of the folder's files, which evaluation.json names; if given, it must be this one
-
-
-@dataclass(frozen=True)
-class PublishedConfig:
-    """A line of a published table, to be shown beside."""
-
-    system: str
-    fid: float | None = None
-    fvd: float | None = None
-    clip_fid: float | None = None
-    inception_score: float | None = None
-    clipsim: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,19 +82,6 @@ class EvaluateConfig:
         return {name: extractor for name, extractor in named.items() if extractor is not None}
 
 
-@dataclass(frozen=True)
-class Result:
-    """One metric."""
-
-    metric: str
-    value: float
-    spread: float | None  # over splits
-    samples: int  # generated, of frames where images are seen
-    reference_samples: int | None
-    extractor: str
-    detail: str  # how the extractor saw the clips
-
-
 def evaluate(c: EvaluateConfig) -> None:
     """Run the job.
 
@@ -122,17 +100,39 @@ def evaluate(c: EvaluateConfig) -> None:
         measures.append(_Similarity(c.clip, c, device))
     missing = [distance for distance in distances if not distance.take_up(ranks)]
     if missing:
-        for frames in _real(c, ranks):
+        sums = [distance.of_real for distance in missing]
+        unfinished = Unfinished(Path(c.cache), [distance.cached.name for distance in missing], ranks, [*sums])
+        for frames in _real(c, ranks, unfinished.done):
             for distance in missing:
                 distance.add_real(frames)
+            unfinished.advance(len(frames))
         for distance in missing:
             distance.keep(ranks)
-    for numbers, frames, captions in _generated(listed, c, ranks):
+        unfinished.drop()
+    unfinished = Unfinished(Path(c.cache), _job(c, listed), ranks, [measure.of_generated for measure in measures])
+    for numbers, frames, captions in _generated(listed, c, ranks, unfinished.done):
         for measure in measures:
             measure.add(numbers, frames, captions)
+        unfinished.advance(len(numbers))
     results = [measure.result(ranks, len(listed)) for measure in measures]
     if ranks.rank == 0:
         _report(c, folder, results)
+    unfinished.drop()
+
+
+def _job(c: EvaluateConfig, listed: list[Made]) -> list[Any]:
+    """What the numbers of the generated clips depend on."""
+    extractors = [asdict(e) | {"path": ""} for e in (*c.distances.values(), c.inception) if e is not None]
+    clips = [[entry.path.name, entry.prompt, *_version(entry.path)] for entry in listed]
+    return [str(Path(c.generated).resolve()), c.frames, c.frame_rate, c.image_frames, c.square, extractors, str(c.clip), clips]
+
+
+def _version(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0  # told when it is read
+    return found.st_size, found.st_mtime_ns
 
 
 def _listed(folder: Path, c: EvaluateConfig) -> list[Made]:
@@ -142,13 +142,13 @@ def _listed(folder: Path, c: EvaluateConfig) -> list[Made]:
     return clips[: c.limit]
 
 
-def _generated(listed: list[Made], c: EvaluateConfig, ranks: Ranks) -> Iterator[tuple[range, Tensor, list[str]]]:
+def _generated(listed: list[Made], c: EvaluateConfig, ranks: Ranks, done: int) -> Iterator[tuple[range, Tensor, list[str]]]:
     """This process's generated clips: their numbers in the list, (N, T, H, W, C) uint8, and their captions.
 
     Raises:
         UserError: one is missing, shorter, or of another frame rate.
     """
-    for numbers in _share(len(listed), c, ranks, "generated clips"):
+    for numbers in _share(len(listed), c, ranks, "generated clips", done):
         part = [listed[number] for number in numbers]
         clips = [media.read_video(entry.path, c.frames) for entry in part]
         for entry, clip in zip(part, clips, strict=True):
@@ -159,11 +159,14 @@ def _generated(listed: list[Made], c: EvaluateConfig, ranks: Ranks) -> Iterator[
         yield numbers, _cut(frames, c), [entry.prompt for entry in part]
 
 
-def _share(count: int, c: EvaluateConfig, ranks: Ranks, title: str) -> Iterator[range]:
-    """Numbers below ``count`` in batches, of this process; each process has every ``world``-th one."""
+def _share(count: int, c: EvaluateConfig, ranks: Ranks, title: str, done: int) -> Iterator[range]:
+    """This process's numbers below ``count``, every ``world``-th one, in batches; without the first ``done``."""
     mine = range(ranks.rank, count, ranks.world)
-    for start in tqdm(range(0, len(mine), c.batch), title, unit="batch", disable=ranks.rank > 0):
-        yield mine[start : start + c.batch]
+    with tqdm(total=len(mine), initial=done, desc=title, unit="clip", disable=ranks.rank > 0) as bar:
+        for start in range(done, len(mine), c.batch):
+            batch = mine[start : start + c.batch]
+            yield batch
+            bar.update(len(batch))
 
 
 def _cut(frames: Tensor, c: EvaluateConfig) -> Tensor:
@@ -175,10 +178,10 @@ def _cut(frames: Tensor, c: EvaluateConfig) -> Tensor:
     return frames[:, :, top : top + side, left : left + side]
 
 
-def _real(c: EvaluateConfig, ranks: Ranks) -> Iterator[Tensor]:
+def _real(c: EvaluateConfig, ranks: Ranks, done: int) -> Iterator[Tensor]:
     """This process's clips of the reference, (N, T, H, W, C) uint8; which part of a long one is seen is drawn from the seed."""
     clips = RealClips(str(c.reference), c.frames, (c.frame_rate,), c.seed)
-    for numbers in _share(min(len(clips), c.limit or len(clips)), c, ranks, "real clips"):
+    for numbers in _share(min(len(clips), c.limit or len(clips)), c, ranks, "real clips", done):
         yield _cut(torch.stack([clips.read(number).frames for number in numbers]), c)
 
 
@@ -190,6 +193,22 @@ def _seen(extractor: Extractor, frames: Tensor, c: EvaluateConfig) -> Tensor:
     return frames[:, picked]
 
 
+class _Sums:
+    """The sums over one of a distance's sets, as far as they are."""
+
+    def __init__(self, owner: "_Distance", real: bool) -> None:
+        self.owner, self.real = owner, real
+
+    def state(self) -> dict[str, Tensor]:
+        return self.owner.distance.sums(self.real) if self.owner.distance else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            width = len(next(value for name, value in state.items() if name.endswith("features_sum")))
+            self.owner.distance = self.owner.distance or Frechet(width)
+            self.owner.distance.restore(state, self.real)
+
+
 class _Distance:
     """A Frechet distance: FID, FVD or CLIP-FID."""
 
@@ -197,13 +216,13 @@ class _Distance:
         self.name, self.extractor, self.c = name, extractor, c
         self.cached = Path(c.cache, f"{name}-{_reference_key(extractor, c)}.safetensors")
         self.distance: Frechet | None = None
+        self.of_real, self.of_generated = _Sums(self, real=True), _Sums(self, real=False)
 
     def take_up(self, ranks: Ranks) -> bool:
         """The sums over the real clips from an earlier job, on the first process; whether there are any."""
         sums = _cached(self.cached) if ranks.rank == 0 else None
         if sums is not None:
-            self.distance = Frechet(len(sums["real_features_sum"]))
-            self.distance.restore(sums)
+            self.of_real.restore(sums)
         return bool(ranks.most(sums is not None))
 
     def keep(self, ranks: Ranks) -> None:
@@ -211,7 +230,7 @@ class _Distance:
         self._require(ranks, f"{self.c.reference}: holds no clips").add_up(ranks.add, real=True)
         if ranks.rank == 0 and self.distance is not None:
             self.cached.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.distance.reference(), self.cached)
+            save_file(self.distance.sums(real=True), self.cached)
 
     def add_real(self, frames: Tensor) -> None:
         self._add(frames, real=True)
@@ -255,6 +274,16 @@ class _Gathered:
         """(N, K, F) of N clips."""
         self.rows.update(zip(numbers, values, strict=True))
 
+    def state(self) -> dict[str, Tensor]:
+        numbers = sorted(self.rows)
+        return (
+            {"numbers": torch.tensor(numbers), "rows": torch.stack([self.rows[number] for number in numbers])} if numbers else {}
+        )
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self.rows = dict(zip(state["numbers"].tolist(), state["rows"], strict=True))
+
     def all(self, ranks: Ranks, clips: int) -> Tensor:
         """(clips, K, F) of all processes."""
         shape = next((row.shape for row in self.rows.values()), (0, 0))
@@ -269,7 +298,7 @@ class _Scores:
 
     def __init__(self, extractor: Extractor, c: EvaluateConfig) -> None:
         self.extractor, self.c = extractor, c
-        self.logits = _Gathered()
+        self.logits = self.of_generated = _Gathered()
 
     def add(self, numbers: range, frames: Tensor, captions: list[str]) -> None:
         del captions
@@ -290,7 +319,7 @@ class _Similarity:
         self.similarity = ClipSimilarity(model.path, model.revision, device)
         self.model = f"{model.path} ({self.similarity.revision})"
         self.detail = f"{c.frames} frames{_shape(c)}, the model's own scaling"
-        self.values = _Gathered()
+        self.values = self.of_generated = _Gathered()
 
     def add(self, numbers: range, frames: Tensor, captions: list[str]) -> None:
         self.values.add(numbers, self.similarity(frames, captions)[:, None, None])
@@ -345,18 +374,6 @@ def _report(c: EvaluateConfig, folder: Path, results: list[Result]) -> None:
         client.log_text(run.info.run_id, path.read_text(encoding="utf-8"), "evaluation.json")
         client.set_terminated(run.info.run_id)
         print(f"logged to MLflow at {c.tracking.uri}, run {run.info.run_id}")
-
-
-def beside(results: list[Result], published: tuple[PublishedConfig, ...]) -> str:
-    """A table of the metrics measured, with published ones below."""
-    names = [result.metric for result in results]
-    rows = [("this run", [result.value for result in results])]
-    rows += [(line.system, [getattr(line, name) for name in names]) for line in published]
-    width = max(len(system) for system, _ in rows)
-    lines = [f"{'':{width}}" + "".join(f"{name:>17}" for name in names)]
-    for system, values in rows:
-        lines.append(f"{system:{width}}" + "".join(f"{'-':>17}" if value is None else f"{value:17.4g}" for value in values))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Shapes: N clips of T frames, F features or classes; frames are (N, T, H, W, C) u
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,8 +90,8 @@ class Frechet:
 
     def add_up(self, over_processes: Callable[[Tensor], Tensor], real: bool) -> None:
         """Make one of the sets' sums those of all processes."""
-        for name in _SUMS:
-            over_processes(getattr(self.metric, f"{'real' if real else 'fake'}_{name}"))
+        for name in _sums_of(real):
+            over_processes(getattr(self.metric, name))
 
     def add(self, features: Tensor, real: bool) -> None:
         """(N, F) features of one of the sets."""
@@ -101,18 +101,18 @@ class Frechet:
         """The squared distance; needs two samples of each set. Of fewer samples than features it says little."""
         return float(self.metric.compute())
 
-    def reference(self) -> dict[str, Tensor]:
-        """The sums of the real set, to keep."""
-        return {name: getattr(self.metric, name).clone() for name in _REAL}
+    def sums(self, real: bool) -> dict[str, Tensor]:
+        """The sums of one of the sets, to keep."""
+        return {name: getattr(self.metric, name).clone() for name in _sums_of(real)}
 
-    def restore(self, sums: dict[str, Tensor]) -> None:
-        """Take up what ``reference`` kept."""
-        for name in _REAL:
+    def restore(self, sums: Mapping[str, Tensor], real: bool) -> None:
+        """Take up what ``sums`` gave."""
+        for name in _sums_of(real):
             setattr(self.metric, name, sums[name])
 
 
-_SUMS = ("features_sum", "features_cov_sum", "features_num_samples")
-_REAL = tuple(f"real_{name}" for name in _SUMS)
+def _sums_of(real: bool) -> list[str]:
+    return [f"{'real' if real else 'fake'}_features_{name}" for name in ("sum", "cov_sum", "num_samples")]
 
 
 class _AsIs(nn.Module):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +20,14 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from model import command, config, media, text
 from model.config import UserError
 from model.data import schema
+from model.data.batch import Sample
 from model.data.schema import Manifest, TextManifest
 from model.registry import TrackingConfig
-from pipelines.evaluate import ClipModelConfig, EvaluateConfig, PublishedConfig, evaluate
+from pipelines import unfinished
+from pipelines.clips import RealClips
+from pipelines.evaluate import ClipModelConfig, EvaluateConfig, evaluate
 from pipelines.metrics import ClipSimilarity, ExtractorConfig
+from pipelines.results import PublishedConfig
 
 ROOT = Path(__file__).parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -131,6 +136,81 @@ def test_distances_tell_right_clips_from_wrong_ones(
     kept[0].write_bytes(b"cut short")
     evaluate(replace(job, tracking=None))
     assert results(right)["fid"]["value"] == pytest.approx(good["fid"]["value"], rel=1e-9)
+
+
+def test_a_job_that_died_goes_on_where_it_was(
+    reference: Path,
+    extractor: ExtractorConfig,
+    clip_folder: Path,
+    generated: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = generated("red", "green", "blue")
+    job = EvaluateConfig(
+        str(folder),
+        str(reference),
+        fid=extractor,
+        inception=extractor,
+        clip=ClipModelConfig(str(clip_folder)),
+        frames=4,
+        splits=2,
+        batch=3,
+        cache=str(tmp_path / "undisturbed"),
+        device="cpu",
+    )
+    evaluate(job)
+    undisturbed = results(folder)
+    assert not list((tmp_path / "undisturbed").glob("unfinished*"))
+
+    job = replace(job, cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(unfinished, "EVERY_SECONDS", 0.0)
+    clips = [folder / entry["file"] for entry in json.loads((folder / "samples.json").read_text())["clips"]]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in clips]
+
+    def fill(number: int, data: bytes) -> None:
+        clips[number].write_bytes(data)
+        os.utime(clips[number], ns=(before[number][1],) * 2)  # the job is told by sizes and times
+
+    fill(7, bytes(len(before[7][0])))  # in the third batch
+    with pytest.raises(UserError, match=clips[7].name):
+        evaluate(job)
+    (kept,) = (tmp_path / "cache").glob("unfinished*")
+    fill(7, before[7][0])
+    for number in range(6):
+        fill(number, bytes(len(before[number][0])))  # were they read again, the job would end
+    evaluate(replace(job, batch=4))
+    assert not kept.exists()
+    for name, entry in results(folder).items():
+        assert entry["value"] == pytest.approx(undisturbed[name]["value"], rel=1e-9), name
+        assert entry["samples"] == undisturbed[name]["samples"]
+    with pytest.raises(UserError, match=clips[0].name):  # nothing is left of it
+        evaluate(job)
+
+
+def test_sums_over_real_clips_go_on_where_they_were(
+    reference: Path, extractor: ExtractorConfig, generated: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = generated("red", "green", "blue")
+    job = EvaluateConfig(str(folder), str(reference), fid=extractor, frames=4, batch=5, cache=str(tmp_path / "a"), device="cpu")
+    evaluate(job)
+    undisturbed = results(folder)["fid"]
+    monkeypatch.setattr(unfinished, "EVERY_SECONDS", 0.0)
+    read, numbers = RealClips.read, list[int]()
+
+    def failing(self: RealClips, number: int) -> Sample:
+        numbers.append(number)
+        if number == 8 and numbers.count(8) == 1:
+            raise KeyboardInterrupt
+        return read(self, number)
+
+    monkeypatch.setattr(RealClips, "read", failing)
+    job = replace(job, cache=str(tmp_path / "b"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(job)
+    evaluate(job)
+    assert numbers == [*range(9), *range(5, 12)]
+    assert results(folder)["fid"] == undisturbed
 
 
 def test_two_processes_measure_what_one_does(

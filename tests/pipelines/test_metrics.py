@@ -80,7 +80,7 @@ def test_two_gaussians_of_known_distance() -> None:
     distance.add(generated[123:], real=False)
     assert distance.value() == pytest.approx(5 + 1 + 0 + 4, rel=1e-9)
     again = Frechet(3)
-    again.restore(distance.reference())
+    again.restore(distance.sums(real=True), real=True)
     again.add(generated, real=False)
     assert again.value() == pytest.approx(distance.value(), rel=1e-12)
 
