@@ -105,6 +105,11 @@ def job(media: Path, encoder: Path, output: Path) -> None:
         sys.exit(ended.stderr)
 
 
+def adopt_orphans() -> None:
+    """What outlives its parent for a moment stays a descendant of ours."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def cpu_seconds(work: Callable[[], None]) -> float:
     """CPU time of all processes that ``work`` starts, asked while they live: Spark's daemon forgets its workers'."""
     spent: dict[int, float] = {}
@@ -141,8 +146,7 @@ def look(spent: dict[int, float]) -> bool:
 
 def compare(files: int, rounds: int) -> dict[str, object]:
     """Run the comparison; returns what is printed as JSON."""
-    # What outlives its parent for a moment stays a descendant of ours.
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         few, all_ = folder / "few", folder / "all"
