@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from model.config import RunError, UserError
 
+STAGE = "stage"  # tag of a version: 1, or 2 for an upsampler
 METRIC = "metric."  # before the names of a version's metrics among its tags
 
 
@@ -194,6 +195,7 @@ class Version:
     name: str  # of the model
     number: str
     aliases: tuple[str, ...]
+    stage: str | None = None  # "1" or "2"; None where nobody said
 
     @property
     def uri(self) -> str:
@@ -216,9 +218,12 @@ def versions(tracking_uri: str) -> list[Version]:
             named: dict[str, list[str]] = {}
             for alias, number in model.aliases.items():
                 named.setdefault(str(number), []).append(alias)
-            numbers = [str(one.version) for one in _pages(partial(client.search_model_versions, f"name='{model.name}'"))]
-            numbers.sort(key=int, reverse=True)
-            found += [Version(model.name, number, tuple(sorted(named.get(number, ())))) for number in numbers]
+            stages = {
+                str(one.version): one.tags.get(STAGE)
+                for one in _pages(partial(client.search_model_versions, f"name='{model.name}'"))
+            }
+            for number in sorted(stages, key=int, reverse=True):
+                found.append(Version(model.name, number, tuple(sorted(named.get(number, ()))), stages[number]))
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(f"MLflow at {tracking_uri}: {first_line(error)}") from error
     return sorted(found, key=lambda version: version.name)

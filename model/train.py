@@ -234,7 +234,8 @@ def publish(
     print(f"model of step {step}: {folder}")
     if c.publish:
         data = hashlib.sha256("".join(manifest.to_json() for manifest in manifests.values()).encode()).hexdigest()[:16]
-        tags = {"run": c.name, "step": str(step), "commit": origin.commit, "data": data}
+        stage = "2" if c.model.upsampler else "1"
+        tags = {"run": c.name, "step": str(step), "commit": origin.commit, "data": data, registry.STAGE: stage}
         done = tracking.publish(folder, c.publish, tags, metrics)
         print(f"registered as models:/{c.publish.name}/{done.version}")
         alias = f"models:/{c.publish.name}@{c.publish.alias}"

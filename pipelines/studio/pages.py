@@ -103,13 +103,14 @@ def _models(studio: Studio, page: gr.Blocks, title: str) -> list[gr.Dropdown]:
     """Two lists of models, which know the latest versions each time that the page is opened."""
 
     def now() -> list[gr.Dropdown]:
-        choices = [(choice.label, choice.uri) for choice in studio.models()]
+        models = studio.models()
+        first, second = ([(m.label, m.uri) for m in models if m.stage in (stage, None)] for stage in ("1", "2"))
         c = studio.config.cascade
         begin = [studio.version_of(uri) for uri in (c.stage1, c.stage2)]
         none = ("none: the result of stage 1", "")
         return [
-            gr.Dropdown([*choices], value=begin[0], label=f"{title}Stage 1", allow_custom_value=True),
-            gr.Dropdown([none, *choices], value=begin[1] or "", label=f"{title}Stage 2", allow_custom_value=True),
+            gr.Dropdown(first, value=begin[0], label=f"{title}Stage 1", allow_custom_value=True),
+            gr.Dropdown([none, *second], value=begin[1] or "", label=f"{title}Stage 2", allow_custom_value=True),
         ]
 
     with gr.Row():

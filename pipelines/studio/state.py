@@ -56,6 +56,7 @@ class Choice:
 
     label: str
     uri: str
+    stage: str | None = None  # "1" or "2", where it is known: as the other it is not offered
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Studio:
             return found
         for version in versions:
             named = "".join(f" @{alias}" for alias in version.aliases)
-            found.append(Choice(f"{version.name}{named} (version {version.number})", version.uri))
+            found.append(Choice(f"{version.name}{named} (version {version.number})", version.uri, version.stage))
         return found
 
     def version_of(self, uri: str | None) -> str | None:

@@ -87,7 +87,8 @@ def test_all_versions_are_listed_with_their_aliases(tmp_path: Path) -> None:
     assert registry.versions(own.uri) == []
     for name in ("second", *["first"] * 11):
         run = client.create_run(experiment).info.run_id
-        registry.publish(artefact(tmp_path / run, name), own, PublishConfig(name, "newest"), run, {"run": run})
+        tags = {"run": run} | ({registry.STAGE: "2"} if name == "second" else {})
+        registry.publish(artefact(tmp_path / run, name), own, PublishConfig(name, "newest"), run, tags)
     client.set_registered_model_alias("first", "best", "2")
     client.set_registered_model_alias("first", "paper", "2")
     found = registry.versions(own.uri)
@@ -96,6 +97,7 @@ def test_all_versions_are_listed_with_their_aliases(tmp_path: Path) -> None:
         ("second", "1"),
     ]
     assert [version.aliases for version in found] == [("newest",), *[()] * 8, ("best", "paper"), (), ("newest",)]
+    assert [version.stage for version in found] == [*[None] * 11, "2"]
     assert (registry.fetch(found[9].uri, own.uri) / "model.safetensors").read_text() == "first"
 
 

@@ -50,7 +50,8 @@ def test_a_run_that_is_done_publishes_once_and_ends_well(uninterrupted: Any) -> 
     for name, tensor in load_file(folder / checkpoint.WEIGHTS).items():
         assert torch.equal(tensor, before[name]), name
     client = MlflowClient(f"sqlite:///{uninterrupted.folder}/mlflow.db")
-    assert len(client.search_model_versions("name='tiny'")) == 1
+    (version,) = client.search_model_versions("name='tiny'")
+    assert version.tags["stage"] == "1"
     run = client.get_run(client.get_model_version_by_alias("tiny", "newest").run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["eval/loss/videos/total"] > 0, "a gate needs the metrics, trained or not"

@@ -32,7 +32,8 @@ def config(cascade_config: CascadeConfig, tmp_path_factory: pytest.TempPathFacto
     experiment = registry.ensure_experiment(tracking)
     for name, folder in (("stage1", cascade_config.stage1), ("stage2", cascade_config.stage2), ("stage1", cascade_config.stage1)):
         run = registry.MlflowClient(tracking.uri).create_run(experiment).info.run_id
-        registry.publish(Path(str(folder)), tracking, PublishConfig(f"tiny-{name}", "newest"), run, {"run": run})
+        tags = {"run": run, registry.STAGE: name[-1]}
+        registry.publish(Path(str(folder)), tracking, PublishConfig(f"tiny-{name}", "newest"), run, tags)
     prompts = ["a red circle", "a blue square", HOSTILE]
     cascade = replace(
         cascade_config, stage1="models:/tiny-stage1@newest", stage2="models:/tiny-stage2@newest", tracking_uri=tracking.uri
@@ -80,6 +81,17 @@ def test_a_prompt_becomes_a_clip_that_stays(client: Client, address: str, config
     cards, _ = client.predict("RED", api_name="/history")
     assert entry.name in cards
     assert "No more clips" in client.predict("no such words", api_name="/history")[0]
+
+
+def test_a_stage_is_not_offered_as_the_other(address: str) -> None:
+    page = httpx.get(f"{address}/config").json()
+    offered = {
+        part["props"]["label"]: {uri for _, uri in part["props"]["choices"]}
+        for part in page["components"]
+        if part["type"] == "dropdown"
+    }
+    assert {FIRST, "models:/tiny-stage1/2"} == offered["Stage 1"]
+    assert {"", SECOND} == offered["Stage 2"]
 
 
 def test_two_models_make_the_same_prompt_with_the_same_seed(client: Client, config: StudioConfig) -> None:
