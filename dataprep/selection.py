@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from dataprep import disk, shards
 from dataprep.duplicates import MAX_DISTANCE, near_duplicates
@@ -118,19 +119,25 @@ def select(
         raise UserError(f"nothing was kept of {inputs} inputs: {told}; {finished / shards.REJECTS_NAME} has the details")
 
     samples: dict[str, int] = {}
-    for stage in stages:
-        for kind in KINDS:
-            dataset = f"{stage.name}/{kind}"
-            found = _pick(finished, dataset, pool_index.series(dataset), wanted, shard_config)
-            if found != wanted.counts[kind]:
-                raise RuntimeError(f"{dataset}: {found} samples of {wanted.counts[kind]} clips")
-            if found:
-                samples[dataset] = found
-                manifest(kind, stage, found, pool_index.text_width()).write(finished / dataset)
+    with _bar("select", len(stages) * wanted.counts.total(), "samples") as bar:
+        for stage in stages:
+            for kind in KINDS:
+                dataset = f"{stage.name}/{kind}"
+                found = _pick(finished, dataset, pool_index.series(dataset), wanted, shard_config, bar.update)
+                if found != wanted.counts[kind]:
+                    raise RuntimeError(f"{dataset}: {found} samples of {wanted.counts[kind]} clips")
+                if found:
+                    samples[dataset] = found
+                    manifest(kind, stage, found, pool_index.text_width()).write(finished / dataset)
     outcome = dataclasses.replace(outcome, samples=samples)
     tree = {**job, "select": config.to_tree(select_config), "outcome": dataclasses.asdict(outcome)}
     (finished / shards.JOB_NAME).write_text(json.dumps(tree, indent=2) + "\n")
     return outcome
+
+
+def _bar(title: str, total: int, unit: str) -> "tqdm[Any]":
+    """A progress bar of what is over in a second where there are few."""
+    return tqdm(total=total, desc=title, unit=f" {unit}", leave=False, delay=1)
 
 
 class _Wanted:
@@ -202,6 +209,7 @@ def _judge(finished: Path, select_config: SelectConfig, wanted: _Wanted) -> Outc
     fates, reasons, clip_reasons, clips_kept = Counter[str](), Counter[str](), Counter[str](), 0
     clip_rows = enumerate(shards.rows_of(pool / shards.CLIPS_NAME))
     with (
+        _bar("judge", pq.read_metadata(pool / shards.CLIPS_NAME).num_rows, "clips") as bar,
         shards.TableWriter(finished / shards.ITEMS_NAME, shards.ACCOUNT_SCHEMA) as items,
         shards.TableWriter(finished / shards.REJECTS_NAME, shards.ACCOUNT_SCHEMA) as rejects,
         shards.TableWriter(finished / shards.CLIPS_NAME, JUDGED_SCHEMA) as clips,
@@ -221,6 +229,7 @@ def _judge(finished: Path, select_config: SelectConfig, wanted: _Wanted) -> Outc
                     clip_reasons[found.reason] += 1
                 told = {"fate": "filtered", "reason": found.reason, "detail": found.detail} if found else KEPT
                 clips.add({**clip, **told})
+            bar.update(account["clips"])
             clips_kept += account["clips_kept"]
             if account["fate"] != "kept":
                 reasons[account["reason"]] += 1
@@ -268,7 +277,8 @@ def _duplicates(clips: Path, select_config: SelectConfig) -> _Duplicates | None:
     hashes, originals = disk.array(count, np.uint64), disk.array(count, np.int64, fill=-1)
     sources, passed = disk.array(count, np.int64), disk.array(count, np.int8)
     source, item = 0, None
-    for number, clip in enumerate(shards.rows_of(clips)):
+    rows = tqdm(shards.rows_of(clips), "look for duplicates", total=count, unit=" clips", leave=False, delay=1)
+    for number, clip in enumerate(rows):
         source, item = source + (clip["item"] != item), clip["item"]
         hashes[number], sources[number] = clip["phash"], source
         if _fault(clip, select_config) is None:
@@ -300,8 +310,10 @@ def _pick(
     pool_series: Iterator[tuple[str, list[dict[str, Any]]]],
     wanted: _Wanted,
     shard_config: ShardConfig,
+    advance: Callable[[int], object],
 ) -> int:
-    """Fill the folder of ``dataset`` with the selected samples and their index, and return their number."""
+    """Fill the folder of ``dataset`` with the selected samples and their index, and return their number; ``advance`` is told
+    how many more there are."""
     source, target, kind = finished / shards.POOL_NAME / dataset, finished / dataset, dataset.rpartition("/")[2]
     with contextlib.closing(_IndexWriter(target)) as index:
         for series, series_shards in pool_series:
@@ -322,4 +334,5 @@ def _pick(
                     source, series_shards, np.concatenate(picked), target / (series + PICKED), shard_config
                 )
                 index.add(found)
+            advance(len(positions))
         return index.samples
