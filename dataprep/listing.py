@@ -32,6 +32,7 @@ BATCH = 256  # rows of a manifest in memory; one can be a megabyte
 MAX_CAPTION = 4 * captions.MAX_CHARACTERS  # characters, before it is normalised
 MAX_NAME = 8192  # characters of a path, an address or a key
 INPUT_KINDS = "a folder, a WebDataset .tar or a .parquet manifest"
+MAX_FILLING = 1 << 20  # bytes of zeros behind a tar's end; GNU tar fills up to 10,240
 REMOTE_KINDS = f"{fetch.PUBLIC_KINDS}, and behind it a WebDataset .tar, a .parquet manifest or, at s3://, a folder"
 
 
@@ -205,25 +206,48 @@ def _from_remote_tar(address: str, config: FetchConfig) -> Iterator[Item]:
     yield from _members(address, fetch.RemoteFile(address, config, found), address, found.version)  # type: ignore[arg-type]
 
 
+def _files_of(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The plain files of a tar, and of those behind it: ``cat`` of two tars is one with an end in the middle.
+
+    Raises:
+        tarfile.TarError: something that is neither a member nor an end.
+    """
+    begin: int | None = 0
+    while begin is not None:
+        file.seek(begin)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                if member.isfile() and member.sparse is None:
+                    yield member
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # where tarfile just stops
+                raise tarfile.ReadError(f"neither a member nor the end at byte {tar.offset}; nothing behind it was read")
+            begin = _behind_zeros(file, tar.offset + tarfile.BLOCKSIZE)
+
+
+def _behind_zeros(file: BinaryIO, begin: int) -> int | None:
+    """Where the first block begins that is not all zeros; None if there is none within what tars are filled up with."""
+    file.seek(begin)
+    filling = file.read(MAX_FILLING)
+    rest = filling.lstrip(b"\0")
+    return begin + (len(filling) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if rest else None
+
+
 def _members(source: str, file: BinaryIO, path: str, version: str) -> Iterator[Item]:
     """Members that share their name up to the last dot are one item, wherever in the tar they are."""
     groups: dict[str, dict[str, Span]] = {}
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-                if not member.isfile() or member.sparse is not None or Path(member.name).name.startswith("."):
-                    continue
-                key, suffix = os.path.splitext(member.name.removeprefix("./"))  # noqa: PTH122  a name, not a path
-                if not _is_utf8(member.name):
-                    yield _unusable(_printable(key), f"{source}::{_printable(member.name)}", "file name is not UTF-8")
-                elif suffix in groups.setdefault(key, {}):
-                    yield _unusable(key, f"{source}::{member.name}", "duplicate key", "twice in one tar")
-                else:
-                    groups[key][suffix] = Span(path, member.offset_data, member.size, version)
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # where tarfile just stops
-                raise tarfile.ReadError(f"neither a member nor the end at byte {tar.offset}; nothing behind it was read")
+        for member in _files_of(file):
+            if Path(member.name).name.startswith("."):
+                continue
+            key, suffix = os.path.splitext(member.name.removeprefix("./"))  # noqa: PTH122  a name, not a path
+            if not _is_utf8(member.name):
+                yield _unusable(_printable(key), f"{source}::{_printable(member.name)}", "file name is not UTF-8")
+            elif suffix in groups.setdefault(key, {}):
+                yield _unusable(key, f"{source}::{member.name}", "duplicate key", "twice in one tar")
+            else:
+                groups[key][suffix] = Span(path, member.offset_data, member.size, version)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield _unusable(source, source, "broken tar", str(error))
     for key, spans in groups.items():

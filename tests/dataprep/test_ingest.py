@@ -277,3 +277,22 @@ def test_the_list_survives_its_file_and_its_hash_sees_changes(tmp_path: Path, wr
     assert ingest.write_items(listed(tmp_path / "in"), tmp_path / "again.parquet", 2) == (5, first)
     os.utime(tmp_path / "in" / "clip.03.mp4", (1, 1))
     assert ingest.write_items(listed(tmp_path / "in"), tmp_path / "again.parquet", 2)[1] != first
+
+
+def test_tars_one_behind_the_other_in_a_file_are_all_read(tmp_path: Path) -> None:
+    path = tmp_path / "cat.tar"
+    parts = []
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.part", "w") as tar:
+            add(tar, f"{number}.mp4", bytes([number]) * 2000)
+            add(tar, f"{number}.txt", f"caption {number}".encode())
+        parts.append((tmp_path / f"{number}.part").read_bytes())
+    path.write_bytes(b"".join(parts))
+    assert accepted(path) == {str(number): f"caption {number}" for number in range(3)}
+    assert [content(item) for item in listed(path)] == [bytes([number]) * 2000 for number in range(3)]
+    assert not rejected(path)
+    path.write_bytes(parts[0] + parts[1] + parts[0])
+    assert rejected(path) == {"0": "duplicate key"}
+    path.write_bytes(parts[0] + b"what is this?".ljust(600, b"!"))  # told, and what is before it is used
+    assert accepted(path) == {"0": "caption 0"}
+    assert rejected(path) == {str(path): "broken tar"}
