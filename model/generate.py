@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -71,10 +71,13 @@ class GuidedDenoiser:
         self.guided = config.guidance != 1 or config.oscillation is not None
         self.levels = sampler.noise_levels(config)
         self.weights = sampler.guidance_weights(config)
-        self.branches = _branches(conditioning, config.batched_guidance) if self.guided else [conditioning]
+        self.branches: dict[tuple[int, ...], Conditioning] = {(0,): conditioning}  # 0 is the one with text, 1 the one without
+        if self.guided:
+            dropped = conditioning.without_text()
+            self.branches |= {(0, 1): _joined(conditioning, dropped)} if config.batched_guidance else {(1,): dropped}
         self.sigma_in = sigma_in
         self.known = known
-        self.latents: list[Tensor | None] = [None] * len(self.branches)
+        self.latents: list[Tensor | None] = [None, None]  # of each branch
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         if self.known is None:
@@ -89,18 +92,30 @@ class GuidedDenoiser:
 
     def _estimates(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """D with classifier-free guidance, and that of the conditional branch alone."""
-        estimates: list[Tensor] = []
-        for number, branch in enumerate(self.branches):
-            copies = len(branch.text) // len(x)
-            levels = sigma.repeat(copies)
-            told = replace(branch, c_noise=edm.c_noise(levels))
-            estimate, latents = self.denoiser.denoise(torch.cat([x] * copies), levels, told, self.latents[number])
-            self.latents[number] = None if latents is None else latents.detach()
-            estimates += estimate.chunk(copies)
-        if not self.guided:
-            return estimates[0], estimates[0]
-        conditional, unconditional = estimates
-        return sampler.guide(conditional, unconditional, self._weight(sigma)), conditional
+        weight = self._weight(sigma)
+        if weight == 1:
+            (conditional,) = self._evaluate(x, sigma, (0,))
+            return conditional, conditional
+        if self.config.batched_guidance:
+            conditional, unconditional = self._evaluate(x, sigma, (0, 1))
+        else:
+            conditional, unconditional = (*self._evaluate(x, sigma, (0,)), *self._evaluate(x, sigma, (1,)))
+        return sampler.guide(conditional, unconditional, weight), conditional
+
+    def _evaluate(self, x: Tensor, sigma: Tensor, numbers: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """D of some branches, in one batch."""
+        count = len(numbers)
+        levels = sigma.repeat(count)
+        conditioning = replace(self.branches[numbers], c_noise=edm.c_noise(levels))
+        known = [latents for number in numbers if (latents := self.latents[number]) is not None]
+        latents = None  # a branch that has none beside one that has starts from zeros, as a network without any does
+        if known:
+            latents = torch.cat([torch.zeros_like(known[0]) if (own := self.latents[n]) is None else own for n in numbers])
+        estimate, latents = self.denoiser.denoise(torch.cat([x] * count) if count > 1 else x, levels, conditioning, latents)
+        if latents is not None:
+            for number, part in zip(numbers, latents.detach().chunk(count), strict=True):
+                self.latents[number] = part
+        return estimate.chunk(count)
 
     def _steered(self, x: Tensor, sigma: Tensor, known: Known) -> Tensor:
         """D with reconstruction guidance, whose gradient is the conditional branch's: text guidance does not scale it."""
@@ -113,7 +128,7 @@ class GuidedDenoiser:
         return estimate.detach() - known.weight / 2 / self.sigma_in * gradient
 
     def _weight(self, sigma: Tensor) -> float:
-        if self.config.oscillation is None:
+        if self.config.oscillation is None and self.config.guidance_interval is None:
             return self.config.guidance
         return float(self.weights[sampler.level_of(float(sigma[0]), self.levels)])
 
@@ -176,22 +191,11 @@ def _in_model_space(known: Known, denoiser: Denoiser, device: torch.device) -> K
     return replace(known, video=denoiser.codec.encode(video), frames=known.frames.to(device))
 
 
-def _branches(c: Conditioning, batched: bool) -> list[Conditioning]:
-    """With text and without: one batch, the conditional half first, or two."""
-    dropped = c.without_text()
-    if not batched:
-        return [c, dropped]
+def _joined(c: Conditioning, other: Conditioning) -> Conditioning:
+    """Two batches as one."""
 
-    def twice(values: Tensor | None) -> Tensor | None:
-        return None if values is None else torch.cat([values, values])
+    def both(name: str) -> Tensor | None:
+        mine, its = getattr(c, name), getattr(other, name)
+        return None if mine is None else torch.cat([mine, its])
 
-    doubled = Conditioning(
-        c_noise=torch.cat([c.c_noise, c.c_noise]),
-        text=torch.cat([c.text, c.text]),
-        text_mask=torch.cat([c.text_mask, dropped.text_mask]),
-        frame_rate=torch.cat([c.frame_rate, c.frame_rate]),
-        resolution=torch.cat([c.resolution, c.resolution]),
-        low_resolution=twice(c.low_resolution),
-        corruption=twice(c.corruption),
-    )
-    return [doubled]
+    return Conditioning(**{field.name: both(field.name) for field in fields(Conditioning)})  # type: ignore[arg-type]

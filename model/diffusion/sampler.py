@@ -56,6 +56,9 @@ class SamplerConfig:
     guidance: float = 7.5  # classifier-free guidance weight; 1 switches it off
     oscillation: OscillationConfig | None = None  # None: the same guidance at all noise levels
     churn: ChurnConfig = field(default_factory=ChurnConfig)
+    # Noise levels sigma, least and largest, between which guidance acts (Kynkäänniemi et al. 2024). Beyond, as wherever its
+    # weight is 1, only the branch with text is evaluated, at half the cost. None: everywhere.
+    guidance_interval: tuple[float, float] | None = None
     batched_guidance: bool = True  # both branches in one batch; false: one after the other, for less memory
     threshold_quantile: float = 0.995  # dynamic thresholding of D; 1 clips at the largest value, 0 switches it off
     sigma_min: float = 0.002  # effective noise at the end is sigma_min * sigma_in
@@ -69,6 +72,8 @@ class SamplerConfig:
             raise ValueError(f"0 < sigma_min < sigma_max must hold, got {self.sigma_min} and {self.sigma_max}")
         if not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance must be finite and not negative, got {self.guidance}")
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval must be two rising noise levels, got {list(self.guidance_interval)}")
         if not 0 <= self.threshold_quantile <= 1:
             raise ValueError(f"threshold_quantile must be in [0, 1], got {self.threshold_quantile}")
 
@@ -85,6 +90,10 @@ def guidance_weights(config: SamplerConfig) -> Tensor:
     weights = torch.full((config.steps,), config.guidance, dtype=torch.float64)
     if config.oscillation is not None:
         weights[config.oscillation.constant + 1 :: 2] = config.oscillation.low
+    if config.guidance_interval is not None:
+        least, largest = config.guidance_interval
+        levels = noise_levels(config)[:-1]
+        weights[(levels < least) | (levels > largest)] = 1.0
     return weights
 
 

@@ -166,6 +166,43 @@ def test_churn_draws_from_each_clips_own_seed(stage, request_for) -> None:
     assert (whole - generate(denoiser, request_for(slice(0, 2), [1, 2]), SAMPLER)).abs().max() > 1e-3
 
 
+def test_guidance_acts_within_its_interval_and_costs_nothing_beyond(stage, request_for, conditioning) -> None:
+    denoiser, told = build(stage()), conditioning(2)
+    config = SamplerConfig(steps=5, guidance=4.0, threshold_quantile=0.0)
+    levels = sampler.noise_levels(config)[:-1].tolist()
+    within = replace(config, guidance_interval=(levels[3] * 0.99, levels[1] * 1.01))
+    assert sampler.guidance_weights(within).tolist() == [1, 4, 4, 4, 1]
+    sizes = list[int]()
+    denoiser.network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    x = torch.randn(2, 4, 3, 8, 12)
+    for level, weight in zip(levels, (1.0, 4.0, 4.0, 4.0, 1.0), strict=True):
+        sigma = torch.full((2,), level)
+        with torch.no_grad():
+            found = GuidedDenoiser(denoiser, told, within)(x, sigma)
+            evaluated = sizes[-1]
+            plain = GuidedDenoiser(denoiser, told, replace(config, guidance=weight))(x, sigma)
+        torch.testing.assert_close(found, plain)
+        assert evaluated == (2 if weight == 1 else 4)
+    whole, part = (generate(denoiser, request_for(slice(0, 2), [1, 2]), c) for c in (config, within))
+    assert (whole - part).abs().max() > 1e-3
+    # Everywhere, it is what it was; nowhere, there is no guidance.
+    everywhere, nowhere = replace(config, guidance_interval=(0.0, 1e9)), replace(config, guidance_interval=(1e8, 1e9))
+    torch.testing.assert_close(generate(denoiser, request_for(slice(0, 2), [1, 2]), everywhere), whole)
+    none = generate(denoiser, request_for(slice(0, 2), [1, 2]), replace(config, guidance=1.0))
+    torch.testing.assert_close(generate(denoiser, request_for(slice(0, 2), [1, 2]), nowhere), none)
+    with pytest.raises(ValueError, match="guidance_interval must be two rising"):
+        SamplerConfig(guidance_interval=(2.0, 1.0))
+
+
+def test_branches_one_after_the_other_are_the_batch_of_both(stage, request_for) -> None:
+    denoiser = build(stage())  # one that carries latents
+    config = SamplerConfig(steps=4, guidance=5.0)
+    apart = replace(config, batched_guidance=False)
+    for changed in ({}, {"guidance_interval": (0.01, 10.0)}, {"oscillation": OscillationConfig(low=1.0, constant=0)}):
+        both, one = (generate(denoiser, request_for(slice(0, 2), [1, 2]), replace(c, **changed)) for c in (config, apart))
+        torch.testing.assert_close(both, one, rtol=0, atol=2e-4)
+
+
 def test_oscillating_guidance_takes_each_levels_weight(stage, conditioning) -> None:
     denoiser, told = build(stage()), conditioning(2)
     config = SamplerConfig(steps=4, guidance=5.0, oscillation=OscillationConfig(low=2.0, constant=1), threshold_quantile=0.0)
