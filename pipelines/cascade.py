@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ class CascadeConfig:
     # Lower frame rates at which a longer clip is laid out first, rising; each divides the next, the last one frame_rate.
     hierarchy: tuple[float, ...] = ()
     reconstruction: float = 1.0  # weight of reconstruction guidance, by which frames fit those that exist
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products in the networks; the process itself stays in float32
+    compile: bool = False  # torch.compile for the networks' blocks: minutes at first, then faster
     offload: bool = False  # keep each part (text encoder, stages) on the device only while it is at work
     upsampled_at_once: int | None = None  # clips of a batch that go through stage 2 together; None: all
     blocked: tuple[str, ...] = ()  # words and phrases: prompts that hold one are not served
@@ -97,6 +100,10 @@ class Cascade:
         ]
         self.stage1: Published | None = stages[0] or None
         self.stage2: Published | None = stages[1] or None
+        if config.compile:
+            for stage in (self.stage1, self.stage2):
+                if stage is not None:
+                    stage.denoiser.network.compile_blocks()
         if self.stage1 and self.stage2:
             _require_fit(self.stage1, self.stage2, config)
         elif self.stage1:
@@ -124,11 +131,15 @@ class Cascade:
 
     @contextlib.contextmanager
     def at_work(self, part: Denoiser | text.TextEncoder) -> Iterator[None]:
-        """Within, a part of the cascade is on the device; afterwards, where so configured, on the CPU."""
+        """Within, a part of the cascade is on the device and works in the configured precision; afterwards, where so configured,
+        it is on the CPU."""
+        lowered = self.config.precision == "bf16" and isinstance(part, Denoiser)
+        precision = torch.autocast(self.device.type, torch.bfloat16) if lowered else contextlib.nullcontext()
         if self.config.offload:
             part.to(self.device)
         try:
-            yield
+            with precision:
+                yield
         finally:
             if self.config.offload:
                 part.to("cpu")

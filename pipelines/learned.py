@@ -129,7 +129,7 @@ def learned(c: LearnedConfig) -> None:
         here = [n for n, example in enumerate(asked) if example.is_new == is_new]
         if here:
             part = [asked[n] for n in here]
-            found, real = _score(c, part, [made[n] for n in here]), _score(c, part)
+            found, real = scored(c, part, [made[n] for n in here]), scored(c, part)
             print(f"\n{name} combinations, stage 1, {len(part)} clips\n{table(found, real)}", flush=True)
             apart = distance(found.features, real.features) if len(here) > 1 else None
             tree[name] = {"stage1": _tree(found), "real": _tree(real), "distance": apart}
@@ -144,7 +144,7 @@ def learned(c: LearnedConfig) -> None:
         both = Cascade(c.cascade, device)
         part = [asked[n] for n in _chosen(asked, c.upsampled)]
         high = sample(c, both, part, "both stages")
-        found = _score(c, part, high)
+        found = scored(c, part, high)
         print(f"\nboth stages, {len(part)} clips\n{table(found)}", flush=True)
         tree["cascade"] = _tree(found)
         gain = upsampling(c, both, part)
@@ -282,9 +282,9 @@ def psnr(video: Tensor, real: Tensor) -> float:
 
 def sweep(c: LearnedConfig, alone: Cascade, asked: Sequence[Example]) -> list[Guided]:
     """A cascade of stage 1 alone at each weight of guidance."""
-    real, points = _score(c, asked), []
+    real, points = scored(c, asked), []
     for guidance in c.guidances:
-        found = _score(c, asked, sample(c, alone, asked, f"guidance {guidance:g}", guidance=guidance))
+        found = scored(c, asked, sample(c, alone, asked, f"guidance {guidance:g}", guidance=guidance))
         right = {rate.name: rate.right / rate.number for rate in found.rates}
         points.append(Guided(guidance, right, distance(found.features, real.features)))
     print("\nguidance" + "".join(f"{name:>12}" for name in points[0].right) + f"{'distance':>12}")
@@ -293,7 +293,7 @@ def sweep(c: LearnedConfig, alone: Cascade, asked: Sequence[Example]) -> list[Gu
     return points
 
 
-def _score(c: LearnedConfig, asked: Sequence[Example], made: Sequence[np.ndarray] | None = None) -> Score:
+def scored(c: LearnedConfig, asked: Sequence[Example], made: Sequence[np.ndarray] | None = None) -> Score:
     """Of what was made for the examples, or of the real clips."""
     frames = [example.frames for example in asked] if made is None else made
     clips = (Clip(each, example.caption, example.frame_rate) for each, example in zip(frames, asked, strict=True))

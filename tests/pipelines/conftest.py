@@ -1,21 +1,28 @@
 """What the pipelines' tests share: a published cascade of small stages with a real small T5."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from streaming import MDSWriter
 
+from dataprep import moving_scenes as benchmark
 from dataprep import small_t5
+from dataprep.scenes import Scene, render
 from model import checkpoint, config, text
 from model.checkpoint import Origin
 from model.codec import PixelCodecConfig
+from model.data import schema
 from model.data.schema import Manifest, TextManifest
 from model.denoiser import Denoiser, ModelConfig, UpsamplerConfig
 from model.diffusion.sampler import SamplerConfig
 from model.networks.fit.config import FITConfig
-from pipelines.cascade import CascadeConfig
+from pipelines.cascade import Cascade, CascadeConfig
+from pipelines.learned import LearnedConfig
 
 NETWORK = FITConfig(
     size=(4, 8, 16),
@@ -63,4 +70,45 @@ def cascade_config(tmp_path_factory: pytest.TempPathFactory, write_stage: Callab
         stage1_sampler=SamplerConfig(steps=3, guidance=2),
         stage2_sampler=SamplerConfig(steps=2, guidance=1),
         frame_rate=8.0,
+    )
+
+
+FRAMES = 16  # stored, at 24 per second
+
+
+def write_scenes(folder: Path, scenes: list[Scene], height: int, width: int, encoder: text.TextEncoder) -> str:
+    """A data set of the scenes."""
+    with MDSWriter(out=str(folder), columns=schema.COLUMNS, hashes=["xxh64"]) as writer:
+        for number, scene in enumerate(scenes):
+            frames = np.stack([render(scene, 0.5 + n / 24, height, width) for n in range(FRAMES)])
+            ends = (np.arange(1, FRAMES + 1) * frames[0].size).astype(np.uint32)
+            states = encoder.encode([scene.caption()])[0]
+            row = {"key": f"{number}", "caption": scene.caption(), "frames": frames.tobytes(), "frame_ends": ends}
+            size = {"source_height": 90, "source_width": 160, "start_seconds": 0.0}
+            writer.write({**row, **size, "text": text.pack(states)})
+    told = TextManifest("encoder", "r", encoder.width, "bfloat16", 16)
+    Manifest("videos", height, width, 24.0, FRAMES, "raw", len(scenes), told).write(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def learned_config(tmp_path_factory: pytest.TempPathFactory, cascade_config: CascadeConfig) -> LearnedConfig:
+    """A cascade that has learnt nothing, and held-out clips of eight scenes, three of them of new combinations."""
+    folder = tmp_path_factory.mktemp("learned")
+    encoder = Cascade(cascade_config, "cpu").encoder
+    seen, new = (list(itertools.islice(benchmark.scenes(split, 1), number)) for split, number in (("seen", 5), ("unseen", 3)))
+    return LearnedConfig(
+        low=write_scenes(folder / "low", [*seen, *new], 6, 16, encoder),
+        high=write_scenes(folder / "high", [*seen, *new], 12, 32, encoder),
+        trained=write_scenes(folder / "trained", list(itertools.islice(benchmark.scenes("seen", 0), 600)), 6, 16, encoder),
+        output=str(folder / "out"),
+        cascade=cascade_config,
+        frame_rates=(8, 6),
+        upsampled=3,
+        noise=(1,),
+        guidances=(1, 3),
+        swept=4,
+        batch=2,
+        sheet=2,
+        device="cpu",
     )

@@ -34,6 +34,19 @@ def test_what_saves_memory_changes_nothing(cascade_config: CascadeConfig) -> Non
     assert len(np.unique(whole.high)) > 20
 
 
+def test_bfloat16_changes_little_and_only_in_the_networks(cascade_config: CascadeConfig) -> None:
+    whole = Cascade(cascade_config, "cpu").sample(PROMPTS, SEEDS)
+    cascade = Cascade(replace(cascade_config, precision="bf16"), "cpu")
+    assert cascade.stage1
+    seen = list[torch.dtype]()
+    block = cascade.stage1.denoiser.network.blocks[0]
+    block.write.output.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    lowered = cascade.sample(PROMPTS, SEEDS)
+    assert set(seen) == {torch.bfloat16}
+    difference = (whole.high.float() - lowered.high.float()).abs()
+    assert 0 < difference.mean() < 8  # of 255
+
+
 def test_an_idle_part_is_off_the_device(cascade_config: CascadeConfig) -> None:
     """The meta device stands for a GPU: what is moved there can be told from what is not."""
     cascade = Cascade(replace(cascade_config, offload=True), "cpu")

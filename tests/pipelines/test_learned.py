@@ -1,6 +1,5 @@
 """What is measured of a cascade: which captions are new, clips that do not depend on each other, gains against closed forms."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,55 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from streaming import MDSWriter
 
-from dataprep import moving_scenes as benchmark
-from dataprep.scenes import Scene, render
-from model import text
 from model.config import UserError
-from model.data import schema
-from model.data.schema import Manifest, TextManifest
 from pipelines import learned
-from pipelines.cascade import Cascade, CascadeConfig
+from pipelines.cascade import Cascade
 from pipelines.learned import LearnedConfig
 
-FRAMES = 16  # stored, at 24 per second
 
-
-def write_dataset(folder: Path, scenes: list[Scene], height: int, width: int, encoder: text.TextEncoder) -> str:
-    with MDSWriter(out=str(folder), columns=schema.COLUMNS, hashes=["xxh64"]) as writer:
-        for number, scene in enumerate(scenes):
-            frames = np.stack([render(scene, 0.5 + n / 24, height, width) for n in range(FRAMES)])
-            ends = (np.arange(1, FRAMES + 1) * frames[0].size).astype(np.uint32)
-            states = encoder.encode([scene.caption()])[0]
-            row = {"key": f"{number}", "caption": scene.caption(), "frames": frames.tobytes(), "frame_ends": ends}
-            size = {"source_height": 90, "source_width": 160, "start_seconds": 0.0}
-            writer.write({**row, **size, "text": text.pack(states)})
-    told = TextManifest("encoder", "r", encoder.width, "bfloat16", 16)
-    Manifest("videos", height, width, 24.0, FRAMES, "raw", len(scenes), told).write(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def c(tmp_path_factory: pytest.TempPathFactory, cascade_config: CascadeConfig) -> LearnedConfig:
-    folder = tmp_path_factory.mktemp("learned")
-    encoder = Cascade(cascade_config, "cpu").encoder
-    seen, new = (list(itertools.islice(benchmark.scenes(split, 1), number)) for split, number in (("seen", 5), ("unseen", 3)))
-    return LearnedConfig(
-        low=write_dataset(folder / "low", [*seen, *new], 6, 16, encoder),
-        high=write_dataset(folder / "high", [*seen, *new], 12, 32, encoder),
-        trained=write_dataset(folder / "trained", list(itertools.islice(benchmark.scenes("seen", 0), 600)), 6, 16, encoder),
-        output=str(folder / "out"),
-        cascade=cascade_config,
-        frame_rates=(8, 6),
-        upsampled=3,
-        noise=(1,),
-        guidances=(1, 3),
-        swept=4,
-        batch=2,
-        sheet=2,
-        device="cpu",
-    )
+@pytest.fixture
+def c(learned_config: LearnedConfig) -> LearnedConfig:
+    return learned_config
 
 
 def test_everything_is_measured_and_written(c: LearnedConfig, capsys: pytest.CaptureFixture[str]) -> None:
