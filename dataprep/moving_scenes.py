@@ -23,7 +23,7 @@ Split = Literal["seen", "unseen"]
 
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 SPEED = 0.25  # stage heights per second, one for all: a caption and a frame rate say how far an object moves between frames
-DIAMETERS = (0.28, 0.36)  # stage heights; 4.5 to 5.8 pixels of 16, where shapes can still be told
+DIAMETERS = (0.36, 0.4)  # stage heights; 5.8 to 6.4 pixels of 16: larger ones would leave the view
 MAX_SECONDS = 2.25  # so long an object that moves up or down stays in view
 ACROSS = (0.45, 0.2)  # how far from the middle an object may be, x and y: in view where 16:9 is cropped to 3:2
 
