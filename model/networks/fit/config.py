@@ -32,6 +32,9 @@ class FITConfig:
     # Spread of the positions at the start, beside patches of unit variance. At the usual 0.02 neither reads nor writes can tell
     # places apart at first; at 1 they drown patches that fill a narrow stream (docs/learning.md).
     position_std: float = 1.0
+    # Normalise patches before the head. It takes their contrast away, which a wide stream keeps in other channels; in a narrow
+    # one the head is better without (docs/learning.md).
+    head_norm: bool = True
     upsampler: bool = False  # reads a low-resolution video, concatenated to its input's channels
     checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass
 

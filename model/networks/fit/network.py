@@ -128,7 +128,7 @@ class FIT(Network):
         self.self_conditioning = FeedForward(config.latent_width)
         self.self_conditioning_norm = nn.LayerNorm(config.latent_width)
         self.blocks = nn.ModuleList(FITBlock(config) for _ in range(config.blocks))
-        self.head_norm = nn.LayerNorm(config.patch_width)
+        self.head_norm = nn.LayerNorm(config.patch_width) if config.head_norm else nn.Identity()
         self.head = nn.Linear(config.patch_width, config.channels * pixels)
 
     def reset_parameters(self) -> None:

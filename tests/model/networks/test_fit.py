@@ -124,6 +124,21 @@ def test_every_patch_has_a_position_of_its_own_and_of_the_configured_spread(tiny
         torch.testing.assert_close(by_frame[0] - by_frame[0, :1], by_frame[3] - by_frame[3, :1])
 
 
+@pytest.mark.parametrize("head_norm", [True, False])
+def test_without_a_head_norm_what_the_stem_reads_reaches_the_head_as_it_is(tiny, conditioning, head_norm: bool) -> None:
+    network, told = build(replace(tiny, head_norm=head_norm)), conditioning(1)
+    clip = video(1, tiny)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.startswith("position") or ".write" in name:
+                parameter.zero_()
+        for block in network.blocks:
+            block.write.output.weight.zero_()
+        once, twice = network(clip, told).video, network(2 * clip, told).video
+    gain = (twice / once).median()
+    assert float(gain) == pytest.approx(1 if head_norm else 2, abs=0.01)
+
+
 @pytest.mark.parametrize("global_layers", [0, 1])
 def test_reads_and_writes_stay_in_their_group_and_global_layers_mix(tiny, conditioning, global_layers: int) -> None:
     config = replace(tiny, global_layers=global_layers)
