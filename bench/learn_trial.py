@@ -1,0 +1,165 @@
+"""How quickly a variant of make learn's stage 1 learns: ``python bench/learn_trial.py [--help]``.
+
+A bare training loop on one core, without Composer, sharding or loaders: AdamW, cosine decay, an average of the weights. Reports
+the error of D on held-out videos and on training images at fixed noise, which losses of different processes would hide. Needs the
+data that ``make learn`` prepared. Two side by side on two cores do not disturb each other much:
+
+    python bench/learn_trial.py --seconds 240 & python bench/learn_trial.py --seconds 240 model.network.head_norm=true
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from model import cpu_memory
+
+if __name__ == "__main__":
+    cpu_memory.tune()  # may start the process afresh, so before the slow imports
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from model import config
+from model.data import batch as batches
+from model.data.batch import Batch, Sample
+from model.data.samples import derived_seed
+from model.denoiser import Denoiser
+from model.diffusion import edm
+from model.networks.conditioning import Conditioning
+from model.networks.layers import reset_parameters
+from model.train import TrainConfig
+from pipelines.clips import RealClips
+
+ROOT = Path(__file__).parents[1]
+NOISE = (0.5, 1.0, 2.0, 4.0)  # sigma times sigma_in
+HELD_OUT = 48
+WINDOWS = 4  # of each training clip
+WARMUP, HALF_LIFE = 200, 150  # steps
+
+
+@dataclass(frozen=True)
+class Point:
+    """Mean of (D - x)^2 after some steps, at each level of ``NOISE``."""
+
+    seconds: float
+    steps: int
+    videos: list[float]
+    images: list[float]
+
+
+class Data:
+    """Windows of the clips that make learn prepared in a folder, in memory."""
+
+    def __init__(self, c: TrainConfig, folder: Path) -> None:
+        self.frames = c.model.network.size[0]
+        self.max_tokens = c.data.max_tokens
+        rates = c.data.frame_rates
+        self.videos = [s for seed in range(WINDOWS) for s in self._read(folder / "shards/stage1/videos", rates, seed)]
+        self.images = self._read(folder / "shards/stage1/images", rates, 0)
+        held_out = self._read(folder / "held-out/shards/stage1/videos", rates, 0)
+        self.held_out = held_out[:: max(1, len(held_out) // HELD_OUT)][:HELD_OUT]
+
+    def _read(self, folder: Path, rates: Sequence[float], seed: int) -> list[Sample]:
+        clips = RealClips(str(folder), self.frames, rates, seed)
+        return [clips.read(number) for number in tqdm(range(len(clips)), folder.name, unit="clip", leave=False, disable=None)]
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        return batches.unpack(batches.collate(samples, self.max_tokens), self.frames)
+
+    def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        images = max(1, size // 4)
+        chosen = [self.videos[n] for n in rng.integers(len(self.videos), size=size - images)]
+        return self.batch(chosen + [self.images[n] for n in rng.integers(len(self.images), size=images)])
+
+
+@torch.no_grad()
+def errors(denoiser: Denoiser, samples: Batch) -> list[float]:
+    """At each level of noise, the same noise for every model."""
+    x, found = denoiser.codec.encode(samples["video"]), []
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    for level in NOISE:
+        sigma = torch.full((len(x),), level / denoiser.config.diffusion.sigma_in)
+        told = Conditioning(
+            edm.c_noise(sigma), samples["text"], samples["text_mask"], samples["frame_rate"], samples["resolution"]
+        )
+        noisy = edm.process(denoiser.config.diffusion, told.is_image).add_noise(x, eps, sigma)
+        estimate, latents = denoiser.denoise(noisy, sigma, told, None)
+        if denoiser.config.self_conditioning:
+            estimate, _ = denoiser.denoise(noisy, sigma, told, latents)
+        found.append(float((estimate - x).double().square().mean()))
+    return found
+
+
+def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rate: float) -> list[Point]:
+    """Train for so long, the time of measuring left out."""
+    torch.manual_seed(c.seed)
+    denoiser, average = Denoiser(c.model), Denoiser(c.model)
+    reset_parameters(denoiser.network)
+    average.load_state_dict(denoiser.state_dict())
+    optimizer = torch.optim.AdamW(denoiser.parameters(), rate, (0.9, 0.99), weight_decay=0.01, fused=True)
+    videos, images = data.batch(data.held_out), data.batch(data.images[:HELD_OUT])
+    rng, points, steps, spent = np.random.default_rng(c.seed), list[Point](), 0, 0.0
+    with tqdm(total=round(seconds), unit="s", leave=False, disable=None) as bar:
+        while spent < seconds:
+            begin = time.perf_counter()
+            decayed = 0.01 + 0.99 * (1 + math.cos(math.pi * spent / seconds)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, (steps + 1) / WARMUP) * decayed
+            drawn = data.draw(rng, size)
+            drawn["seed"] = [derived_seed(c.seed, steps, n) for n in range(size)]
+            denoiser.train()
+            denoiser(drawn).loss.mean().backward()
+            nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            keep = min(0.5 ** (1 / HALF_LIFE), (steps + 1) / (steps + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()), 1 - keep)
+            steps, spent = steps + 1, spent + time.perf_counter() - begin
+            bar.update(min(round(spent), round(seconds)) - bar.n)
+            if spent >= min(seconds, (len(points) + 1) * every):
+                average.eval()
+                points.append(Point(round(spent), steps, errors(average, videos), errors(average, images)))
+    return points
+
+
+def report(points: Sequence[Point]) -> str:
+    """The result for people."""
+    lines = ["seconds  steps   error of D, videos / images, at noises of " + ", ".join(f"{level:g}" for level in NOISE)]
+    for p in points:
+        pairs = "   ".join(f"{video:.4f} / {image:.4f}" for video, image in zip(p.videos, p.images, strict=True))
+        lines.append(f"{p.seconds:7.0f}{p.steps:7d}   {pairs}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="key=value for yamls/learn/stage1.yaml")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/learn", help="of make learn (default runs/learn)")
+    parser.add_argument("--seconds", type=float, default=240, help="of training (default 240)")
+    parser.add_argument("--every", type=float, default=120, help="seconds between measurements (default 120)")
+    parser.add_argument("--batch", type=int, default=8, help="clips a step, a quarter of them images (default 8)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="AdamW's learning rate (default 2e-3)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments = parser.parse_args()
+    if min(arguments.seconds, arguments.every, arguments.rate) <= 0 or arguments.batch < 2:
+        sys.exit("--seconds, --every and --rate must be above 0, --batch at least 2")
+    torch.set_num_threads(1)
+    try:
+        c = config.load(TrainConfig, ROOT / "yamls/learn/stage1.yaml", arguments.overrides)
+        data = Data(c, arguments.folder)
+    except config.UserError as error:
+        sys.exit(str(error))
+    points = run(c, data, arguments.seconds, arguments.every, arguments.batch, arguments.rate)
+    print(json.dumps([asdict(point) for point in points], indent=2) if arguments.json else report(points))
+
+
+if __name__ == "__main__":
+    main()
