@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from model import command, media
 from model.config import UserError
-from model.data.samples import stride_of
 from pipelines.clips import RealClips, made
 from pipelines.judge import SPEED, Verdict, judge, parse
 from pipelines.metrics import Frechet
@@ -178,9 +177,6 @@ def real_clips(location: str, frames: int, frame_rates: Sequence[float], limit: 
         UserError: no data set, or one whose clips are not long enough.
     """
     clips = RealClips(location, frames, frame_rates, seed)
-    stored = clips.manifest.frame_rate
-    if not any(stride_of(stored, rate) for rate in frame_rates):
-        raise UserError(f"{location}: stored at {stored:g} frames per second, shows none of {list(frame_rates)}")
     for number in tqdm(range(min(limit, len(clips))), "real clips", unit="clip"):
         sample = clips.read(number)
         yield Clip(sample.frames.numpy(), sample.caption, sample.frame_rate)

@@ -26,7 +26,7 @@ def test_the_shipped_variants_are_accepted_by_training_and_differ() -> None:
 
 
 def test_a_variant_of_double_cost_takes_half_the_steps() -> None:
-    c = AblationsConfig((VariantConfig("plain"), VariantConfig("double", ("global_batch=48",))), teraflops=1.0)
+    c = AblationsConfig((VariantConfig("plain"), VariantConfig("double", ("global_batch=32",))), teraflops=1.0)
     plain, double = (ablations._steps(c, variant) for variant in c.variants)
     assert plain > 50 and abs(plain - 2 * double) <= 1
     deeper = ablations._steps(c, VariantConfig("deeper", ("model.network.blocks=6",)))

@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_told_in_one_line(
         "nothing there": "not the folder of a finished sampling job",
         "another caption": "cannot be judged",
         "another length": "one size and length",
-        "another rate": "shows none of",
+        "another rate": "of which 9 is no whole part",
         "too small": "18 lines, too few",
         "no limit": "at least 1",
     }

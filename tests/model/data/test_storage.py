@@ -71,7 +71,15 @@ def test_what_passes_is_waited_for(s3, remote, videos, config, workers: int) -> 
 def test_pauses_grow_and_end(s3, remote, environment) -> None:
     pauses = []
     environment.setattr(transfer, "BACKOFF_SECONDS", 1.0)
-    environment.setattr(threading.Event, "wait", lambda _, timeout: pauses.append(timeout))
+    me, wait = threading.current_thread(), threading.Event.wait
+
+    def watched(event: threading.Event, timeout: float | None = None) -> bool:
+        if threading.current_thread() is not me:  # a progress bar's, say
+            return wait(event, timeout)
+        pauses.append(timeout)
+        return False
+
+    environment.setattr(threading.Event, "wait", watched)
     s3.fail(manifest=[503] * 100)
     with pytest.raises(UserError, match=r"manifest\.json at .*: .*\(SlowDown, HTTP 503\) \(attempt 6 of 6\)"):
         Storage(s3.address).fetch("manifest.json", Path(remote.local, "manifest.json"))
