@@ -66,15 +66,15 @@ def test_what_is_measured_against_is_right_and_a_second_start_runs_nothing_again
     assert again.returncode == 0 and again.stdout.count("done before") == 9
 
 
-# 1.3 times the losses of a run of this seed on 2 cores (0.156, 0.078, 0.055, 0.047, 0.047, 0.061): a change that learns worse
-# exceeds them. With the groups of four places that the yaml once had, the band from 2 to 4 was at 0.051 after 2,000 steps.
+# 1.3 times the losses of a run of this seed on 2 cores (0.166, 0.085, 0.063, 0.055, 0.059, 0.080): a change that learns worse
+# exceeds them.
 BOUNDS = {
-    "sigma_below_0.5": 0.203,
-    "sigma_0.5_to_1": 0.102,
-    "sigma_1_to_2": 0.071,
-    "sigma_2_to_4": 0.06,
-    "sigma_4_to_8": 0.061,
-    "sigma_above_8": 0.08,
+    "sigma_below_0.5": 0.215,
+    "sigma_0.5_to_1": 0.111,
+    "sigma_1_to_2": 0.081,
+    "sigma_2_to_4": 0.071,
+    "sigma_4_to_8": 0.076,
+    "sigma_above_8": 0.104,
 }
 
 
