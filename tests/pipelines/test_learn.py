@@ -89,7 +89,7 @@ def test_two_minutes_of_training_learn_what_they_learnt(learned: tuple[Path, dic
     background = [found[name]["stage1"]["rates"]["background"] for name in ("seen", "new")]
     assert sum(rate["right"] for rate in background) >= 0.8 * 36
     for level in found["denoising"][-2:]:  # in much noise only the caption says what the background is
-        assert level["noise"] >= 4 and level["shuffled"] > 3 * level["error"], level
+        assert level["noise"] >= 4 and level["shuffled"] > 2 * level["error"], level
 
 
 @pytest.mark.slow
