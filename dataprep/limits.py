@@ -49,9 +49,12 @@ def cpu_time(seconds: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def fatal_signal(work: Callable[[], object]) -> str:
-    """Do ``work`` in a forked process and forget what comes of it. The name of the signal that killed it; empty if none did."""
-    process = multiprocessing.get_context("fork").Process(target=_quietly, args=(work,), daemon=True)
+def fatal_signal(work: Callable[[], object], seconds: int) -> str:
+    """Do ``work`` in a forked process and forget what comes of it. The name of the signal that killed it; empty if none did.
+
+    After ``seconds`` it is killed by SIGALRM: a fork has only one of its parent's threads, and may wait for the others for ever.
+    """
+    process = multiprocessing.get_context("fork").Process(target=_quietly, args=(work, seconds), daemon=True)
     process.start()
     process.join()
     code = process.exitcode or 0
@@ -59,6 +62,8 @@ def fatal_signal(work: Callable[[], object]) -> str:
     return signal.Signals(-code).name if code < 0 else ""
 
 
-def _quietly(work: Callable[[], object]) -> None:
+def _quietly(work: Callable[[], object], seconds: int) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
     with contextlib.suppress(Exception):  # whoever does it in earnest will see it
         work()

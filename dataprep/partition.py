@@ -177,7 +177,7 @@ def prepare_guarded(item: Item, recipe: Recipe, most_memory: int, careful: bool)
             return prepare(item, recipe)
         return None  # and nothing holds what the error held
 
-    signal = limits.fatal_signal(within) if careful else ""
+    signal = limits.fatal_signal(within, 2 * MOST_SECONDS) if careful else ""
     if signal:
         raise Rejected("crashes the decoder", signal)
     prepared = within()

@@ -1,12 +1,12 @@
 """A bound on memory that holds and goes again, and a process that dies in another's place."""
 
-import dataclasses
 import os
 import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dataprep import ingest, limits, listing, partition, shards
+from dataprep import ingest, limits, listing, shards
 from dataprep.clips import ClipConfig
 from dataprep.encode import StageConfig, TextConfig
 from dataprep.filters import FilterConfig
-from dataprep.ingest import Item
 from dataprep.partition import Recipe
-from dataprep.selection import SelectConfig
-from dataprep.shards import PartSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Recipe(
@@ -39,8 +36,9 @@ def in_fresh_process(script: str) -> None:
     no bound stops that."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    done.check_returncode()
 
 
 def test_memory_is_bounded_within_and_not_after() -> None:
@@ -72,7 +70,7 @@ def test_the_bound_goes_with_an_error() -> None:
     ],
 )
 def test_which_signal_killed_the_work(work: Callable[[], object], name: str) -> None:
-    assert limits.fatal_signal(work) == name
+    assert limits.fatal_signal(work, 60) == name
 
 
 def spin() -> None:
@@ -82,7 +80,14 @@ def spin() -> None:
 
 
 def test_a_decoder_that_never_comes_back_is_killed() -> None:
-    assert limits.fatal_signal(spin) == "SIGXCPU"
+    assert limits.fatal_signal(spin, 60) == "SIGXCPU"
+
+
+def test_a_process_that_waits_for_ever_is_killed() -> None:
+    assert limits.fatal_signal(threading.Lock().acquire, 60) == ""
+    held = threading.Lock()
+    held.acquire()
+    assert limits.fatal_signal(held.acquire, 1) == "SIGALRM"
 
 
 def test_the_bound_on_time_goes_too() -> None:
@@ -94,26 +99,35 @@ def test_the_bound_on_time_goes_too() -> None:
 
 
 def test_a_file_that_crashes_the_decoder_ends_one_try_and_is_then_rejected(
-    tmp_path: Path, write_pairs: Any, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_pairs: Any, encoder_folder: Path
 ) -> None:
     """No such file is known; so the decoder of the second one kills the process that runs it."""
     write_pairs(tmp_path / "in", 3)
     ingest.write_items(listing.list_items([str(tmp_path / "in")]), tmp_path / shards.ITEMS_NAME, 3)
-    recipe, whole = dataclasses.replace(RECIPE, text=TextConfig(str(encoder_folder), 8)), partition.prepare
+    attempt = f"""
+        import dataclasses, os, signal
+        from dataprep import partition
+        from dataprep.encode import TextConfig
+        from dataprep.selection import SelectConfig
+        from tests.dataprep.test_limits import RECIPE
 
-    def prepare(item: Item, recipe: Recipe) -> partition.Prepared:
-        if item.key == "clip.01":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return whole(item, recipe)
+        whole = partition.prepare
 
-    monkeypatch.setattr(partition, "prepare", prepare)
+        def prepare(item, recipe):
+            if item.key == "clip.01":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            return whole(item, recipe)
 
-    def attempt() -> PartSummary:
-        return partition.process(recipe, SelectConfig(), str(tmp_path), part=7, group=0, on_item=lambda account: None)
-
-    assert limits.fatal_signal(attempt) == "SIGSEGV"
+        partition.prepare = prepare
+        recipe = dataclasses.replace(RECIPE, text=TextConfig({str(encoder_folder)!r}, 8))
+        done = partition.process(recipe, SelectConfig(), {str(tmp_path)!r}, part=7, group=0, on_item=lambda account: None)
+        assert done.kept == 2
+    """
+    with pytest.raises(subprocess.CalledProcessError) as crash:
+        in_fresh_process(attempt)
+    assert crash.value.returncode == -signal.SIGSEGV
     assert not (tmp_path / "parts").exists()
-    assert attempt().kept == 2
+    in_fresh_process(attempt)
     rows = pq.read_table(tmp_path / "parts" / "part-00007" / shards.ITEMS_NAME).to_pylist()
     told = {row["key"]: (row["fate"], row["reason"], row["detail"]) for row in rows}
     crashed = ("rejected", "crashes the decoder", "SIGSEGV")
