@@ -141,7 +141,8 @@ def report(points: Sequence[Point]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="key=value for yamls/learn/stage1.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value for the yaml")
+    parser.add_argument("--yaml", type=Path, default=ROOT / "yamls/learn/stage1.yaml", help="(default yamls/learn/stage1.yaml)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learn", help="of make learn (default runs/learn)")
     parser.add_argument("--seconds", type=float, default=240, help="of training (default 240)")
     parser.add_argument("--every", type=float, default=120, help="seconds between measurements (default 120)")
@@ -153,7 +154,7 @@ def main() -> None:
         sys.exit("--seconds, --every and --rate must be above 0, --batch at least 2")
     torch.set_num_threads(1)
     try:
-        c = config.load(TrainConfig, ROOT / "yamls/learn/stage1.yaml", arguments.overrides)
+        c = config.load(TrainConfig, arguments.yaml, arguments.overrides)
         data = Data(c, arguments.folder)
     except config.UserError as error:
         sys.exit(str(error))

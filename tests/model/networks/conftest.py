@@ -1,0 +1,43 @@
+"""What the tests of networks share."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.networks import catalogue
+from model.networks.catalogue import NetworkConfig
+from model.networks.network import Network
+
+
+@pytest.fixture
+def loud() -> Callable[[nn.Module], nn.Module]:
+    """``loud(module)``: in float64, so that what must not matter differs by nothing but rounding, with every parameter away from
+    its neutral value and from zero."""
+
+    def prepare(module: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.5 if p.ndim == 1 else 1 / math.sqrt(p[0].numel()))
+        return module.double()
+
+    return prepare
+
+
+@pytest.fixture
+def build(loud: Callable[[nn.Module], nn.Module]) -> Callable[[NetworkConfig], Network]:
+    """``build(config)``: the network, loud."""
+    return lambda config: loud(catalogue.build(config))
+
+
+@pytest.fixture
+def video() -> Callable[[int, NetworkConfig], Tensor]:
+    """``video(batch, config)``: noise of the size that the network takes."""
+
+    def draw(batch: int, config: NetworkConfig) -> Tensor:
+        frames, height, width = config.size
+        return torch.randn(batch, frames, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    return draw
