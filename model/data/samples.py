@@ -18,6 +18,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from model import text
 from model.config import UserError
 from model.data.batch import CHANNELS, Sample
+from model.data.rows import StoredFrames
 from model.data.schema import Manifest
 from model.data.shards import ShardStream, Source
 from model.data.transfer import one_line
@@ -39,7 +40,7 @@ class Window:
     """Which frames of a stored clip are seen."""
 
     frame_rate: float  # per second
-    indices: tuple[int, ...]  # T of them
+    indices: range  # T of them
 
 
 def span(frames: int, stride: int) -> int:
@@ -71,7 +72,7 @@ def draw_window(stored: int, strides: Sequence[tuple[float, int]], frames: int, 
         raise ValueError(f"the clip has {stored} frames, but {frames} at the configured frame rates need {shortest} or more")
     rate, stride = possible[rng.integers(len(possible))]
     start = int(rng.integers(stored - span(frames, stride) + 1))
-    return Window(rate, tuple(range(start, start + span(frames, stride), stride)))
+    return Window(rate, range(start, start + span(frames, stride), stride))
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
@@ -89,13 +90,13 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
     raise ValueError("not a JPEG")
 
 
-def decode_frames(data: bytes, ends: np.ndarray, indices: Sequence[int], manifest: Manifest) -> Tensor:
-    """Decode the frames ``indices`` of a sample -> (len(indices), H, W, C) uint8.
+def decode_frames(data: bytes | StoredFrames, ends: np.ndarray, window: Window, manifest: Manifest) -> Tensor:
+    """Decode the frames of a window -> (T, H, W, C) uint8.
 
     Args:
         data: the column ``frames``.
         ends: the checked column ``frame_ends``.
-        indices: which frames; only these are decoded.
+        window: which frames; only these are decoded.
         manifest: geometry and frame format.
 
     Raises:
@@ -103,17 +104,22 @@ def decode_frames(data: bytes, ends: np.ndarray, indices: Sequence[int], manifes
         RuntimeError: a damaged JPEG.
     """
     shape = (manifest.height, manifest.width, CHANNELS)
-    if manifest.frame_format == "raw":
-        return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(-1, *shape)[list(indices)])  # a copy of these frames alone
     starts = [0, *ends[:-1].tolist()]
-    frames = torch.empty(len(indices), *shape, dtype=torch.uint8)
-    for frame, index in zip(frames, indices, strict=True):
-        jpeg = data[starts[index] : ends[index]]
-        if jpeg_size(jpeg) != shape[:2]:
-            raise ValueError(f"frame {index} is {jpeg_size(jpeg)}, not {shape[:2]}")
-        pixels = decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        frame.copy_(pixels.permute(1, 2, 0))
+    first, last = window.indices[0], window.indices[-1]
+    if manifest.frame_format == "raw":
+        stored = _writable(data[starts[first] : ends[last]]).reshape(-1, *shape)
+        return torch.from_numpy(np.ascontiguousarray(stored[:: window.indices.step]))
+    frames = torch.empty(len(window.indices), *shape, dtype=torch.uint8)
+    for frame, index in zip(frames, window.indices, strict=True):
+        jpeg = _writable(data[starts[index] : ends[index]])
+        if (size := jpeg_size(jpeg.tobytes())) != shape[:2]:
+            raise ValueError(f"frame {index} is {size}, not {shape[:2]}")
+        frame.copy_(decode_jpeg(torch.from_numpy(jpeg), mode=ImageReadMode.RGB).permute(1, 2, 0))
     return frames
+
+
+def _writable(data: bytes | np.ndarray) -> np.ndarray:
+    return data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8).copy()  # torch takes nothing else
 
 
 def derived_seed(*parts: int) -> int:
@@ -157,12 +163,12 @@ def decode_sample(row: dict[str, Any], manifest: Manifest, view: View, seed: int
     if bits.ndim != 2 or not 1 <= len(bits) <= view.max_tokens or bits.shape[1] != view.text_width:
         raise ValueError(f"text states have the shape {bits.shape}, not (1 to {view.max_tokens}, {view.text_width})")
     if manifest.kind == "images":
-        window = Window(math.inf, (0,))
+        window = Window(math.inf, range(1))
     else:
         strides = [(rate, stride) for rate in view.frame_rates if (stride := stride_of(manifest.frame_rate, rate))]
         window = draw_window(len(ends), strides, view.frames, np.random.default_rng(seed))
     return Sample(
-        frames=decode_frames(data, ends, window.indices, manifest),
+        frames=decode_frames(data, ends, window, manifest),
         text=text.unpack(bits),
         frame_rate=window.frame_rate,
         resolution=(row["source_height"], row["source_width"]),
@@ -225,6 +231,11 @@ class ClipDataset(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch a shard. The background threads do not block and must not raise, see ``ShardStream``."""
+        if not blocking and self._shard_states[shard_id] != _ShardState.REMOTE:
+            # They ask for the shard of every sample, and each time would take a lock between processes to learn that it is here.
+            if self._shard_states[shard_id] == _ShardState.LOCAL:
+                self._shard_access_times[shard_id] = time.time_ns()
+            return
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception:

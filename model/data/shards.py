@@ -11,11 +11,13 @@ from typing import Any
 from streaming import Stream
 from streaming.base.format import Reader
 from streaming.base.hashing import get_hash, is_hash
+from streaming.base.world import World
 from tqdm import tqdm
 
 from model import config
 from model.config import UserError
 from model.data import schema
+from model.data.rows import RowReader
 from model.data.schema import Manifest, SchemaError
 from model.data.storage import Storage, remove_stale
 from model.data.transfer import one_line
@@ -110,6 +112,10 @@ class ShardStream(Stream):
         self.faults: dict[str, str] = {}  # shard name -> why it could not be fetched, in this process
         self.storage = Storage(source.remote) if source.remote else None
         self._shards = {shard.name: shard for shard in source.shards}
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        """Readers that read by parts (``model/data/rows.py``)."""
+        return [RowReader.of(shard) for shard in super().get_shards(world, allow_unsafe_types)]
 
     def prepare_shard(self, shard: Reader) -> int:
         """Fetch ``shard`` unless it is here; return how many bytes that added.

@@ -57,7 +57,7 @@ def test_every_frame_rate_and_start_is_drawn_equally_often() -> None:
 
 def test_a_clip_that_fits_exactly_has_one_window_and_a_shorter_one_none() -> None:
     rng = np.random.default_rng(0)
-    assert draw_window(7, [(12.0, 2)], 4, rng).indices == (0, 2, 4, 6)
+    assert draw_window(7, [(12.0, 2)], 4, rng).indices == range(0, 7, 2)
     with pytest.raises(ValueError, match="the clip has 6 frames, but 4 at the configured frame rates need 7 or more"):
         draw_window(6, [(12.0, 2)], 4, rng)
 
