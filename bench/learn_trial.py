@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from model import cpu_memory
@@ -26,21 +26,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from model import config
+from model import checkpoint, config, provenance
 from model.data import batch as batches
+from model.data import dataset
 from model.data.batch import Batch, Sample
 from model.data.samples import derived_seed
 from model.denoiser import Denoiser
 from model.diffusion import edm
 from model.networks.conditioning import Conditioning
-from model.networks.layers import reset_parameters
 from model.train import TrainConfig
 from pipelines.clips import RealClips
+from pipelines.learned import squared_error
 
 ROOT = Path(__file__).parents[1]
 NOISE = (0.5, 1.0, 2.0, 4.0)  # sigma times sigma_in
 HELD_OUT = 48
-WINDOWS = 4  # of each training clip
+WINDOWS = 8  # of each training clip
 WARMUP, HALF_LIFE = 200, 150  # steps
 
 
@@ -89,19 +90,14 @@ def errors(denoiser: Denoiser, samples: Batch) -> list[float]:
         told = Conditioning(
             edm.c_noise(sigma), samples["text"], samples["text_mask"], samples["frame_rate"], samples["resolution"]
         )
-        noisy = edm.process(denoiser.config.diffusion, told.is_image).add_noise(x, eps, sigma)
-        estimate, latents = denoiser.denoise(noisy, sigma, told, None)
-        if denoiser.config.self_conditioning:
-            estimate, _ = denoiser.denoise(noisy, sigma, told, latents)
-        found.append(float((estimate - x).double().square().mean()))
+        found.append(float(squared_error(denoiser, x, eps, sigma, told).mean()))
     return found
 
 
-def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rate: float) -> list[Point]:
-    """Train for so long, the time of measuring left out."""
+def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rate: float) -> tuple[Denoiser, list[Point]]:
+    """Train for so long, the time of measuring left out. Returns the averaged model, too."""
     torch.manual_seed(c.seed)
     denoiser, average = Denoiser(c.model), Denoiser(c.model)
-    reset_parameters(denoiser.network)
     average.load_state_dict(denoiser.state_dict())
     optimizer = torch.optim.AdamW(denoiser.parameters(), rate, (0.9, 0.99), weight_decay=0.01, fused=True)
     videos, images = data.batch(data.held_out), data.batch(data.images[:HELD_OUT])
@@ -127,7 +123,15 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
             if spent >= min(seconds, (len(points) + 1) * every):
                 average.eval()
                 points.append(Point(round(spent), steps, errors(average, videos), errors(average, images)))
-    return points
+    return average, points
+
+
+def save(folder: Path, c: TrainConfig, data: Path, model: Denoiser, steps: int) -> None:
+    """Write the model as a training run would: ``cascade.stage1=FOLDER`` samples it."""
+    there = replace(c.data, videos=str(data / "shards/stage1/videos"), images=str(data / "shards/stage1/images"))
+    weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters()}
+    origin = checkpoint.Origin(c.name, steps, provenance.git_commit())
+    checkpoint.write(folder, weights, config.to_tree(c), dataset.manifests(there), origin)
 
 
 def report(points: Sequence[Point]) -> str:
@@ -148,6 +152,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=120, help="seconds between measurements (default 120)")
     parser.add_argument("--batch", type=int, default=8, help="clips a step, a quarter of them images (default 8)")
     parser.add_argument("--rate", type=float, default=2e-3, help="AdamW's learning rate (default 2e-3)")
+    parser.add_argument("--save", type=Path, help="folder for the model, as a training run publishes it")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
     if min(arguments.seconds, arguments.every, arguments.rate) <= 0 or arguments.batch < 2:
@@ -158,7 +163,9 @@ def main() -> None:
         data = Data(c, arguments.folder)
     except config.UserError as error:
         sys.exit(str(error))
-    points = run(c, data, arguments.seconds, arguments.every, arguments.batch, arguments.rate)
+    model, points = run(c, data, arguments.seconds, arguments.every, arguments.batch, arguments.rate)
+    if arguments.save:
+        save(arguments.save, c, arguments.folder, model, points[-1].steps)
     print(json.dumps([asdict(point) for point in points], indent=2) if arguments.json else report(points))
 
 

@@ -62,11 +62,14 @@ class Recipe:
 
     def for_workers(self) -> "Recipe":
         """The same for processes that run elsewhere."""
-        text = dataclasses.replace(self.text, path=models.absolute(self.text.path))
-        captioner = self.captioner and dataclasses.replace(self.captioner, path=models.absolute(self.captioner.path))
-        aesthetic = self.looks.aesthetic and models.absolute(self.looks.aesthetic)
+        looks = self.looks
+        if looks.aesthetic is not None:
+            looks = dataclasses.replace(looks, aesthetic=models.absolute(looks.aesthetic))
+        moved = dataclasses.replace(self, text=dataclasses.replace(self.text, path=models.absolute(self.text.path)), looks=looks)
+        if self.captioner is None:
+            return moved
         return dataclasses.replace(
-            self, text=text, captioner=captioner, looks=dataclasses.replace(self.looks, aesthetic=aesthetic)
+            moved, captioner=dataclasses.replace(self.captioner, path=models.absolute(self.captioner.path))
         )
 
     @property

@@ -96,9 +96,7 @@ def ablations(c: AblationsConfig) -> None:
     Raises:
         UserError: settings that a training run would refuse, no data, another one at work in the folder, or a stage that failed.
     """
-    steps = {
-        variant.name: _steps(c, variant) for variant in c.variants
-    }  # what training would refuse is told now, not after hours
+    steps = {variant.name: _steps(c, variant) for variant in c.variants}  # tells now what training would refuse after hours
     if not (Path(c.folder) / "shards").is_dir():
         raise UserError(f"{c.folder}: no shards; make learn prepares them")
     output = Path(c.output)

@@ -95,21 +95,16 @@ class Cascade:
         self.config = config
         self.device = torch.device(device)
         home = "cpu" if config.offload else device
-        stages = [
-            uri and checkpoint.load(registry.fetch(uri, config.tracking_uri), home) for uri in (config.stage1, config.stage2)
-        ]
-        self.stage1: Published | None = stages[0] or None
-        self.stage2: Published | None = stages[1] or None
+
+        def pull(uri: str | None) -> Published | None:
+            return None if uri is None else checkpoint.load(registry.fetch(uri, config.tracking_uri), home)
+
+        self.stage1, self.stage2 = pull(config.stage1), pull(config.stage2)
+        _require_fit(self.stage1, self.stage2, config)
         if config.compile:
             for stage in (self.stage1, self.stage2):
                 if stage is not None:
                     stage.denoiser.network.compile_blocks()
-        if self.stage1 and self.stage2:
-            _require_fit(self.stage1, self.stage2, config)
-        elif self.stage1:
-            _require_first(self.stage1, str(config.stage1))
-        elif self.stage2:
-            _require_second(self.stage2, str(config.stage2))
         name, stage = (config.stage1, self.stage1) if self.stage1 else (config.stage2, self.stage2)
         assert stage is not None
         trained_with = next(iter(stage.manifests.values())).text
@@ -227,21 +222,21 @@ class Cascade:
         stage2, length = self.stage2.denoiser, low.shape[1]
         plan = long_video.windows(length, stage2.config.network.size[0], (1,), given)
         at_once = c.upsampled_at_once or len(low)
-        made = []
+
+        def upsampled(rows: slice) -> Tensor:
+            some = _rows(request, rows)
+
+            def make(window: Window, known: Known | None) -> Tensor:
+                bars = progress(_titled("stage 2", plan, window), c.stage2_sampler.steps) if progress else None
+                frames = low[rows, [min(number, length - 1) for number in window.frames]]
+                told = replace(some, low_resolution=frames, corruption=c.corruption, known=known)
+                return generate(stage2, told, c.stage2_sampler, bars)
+
+            there = {number: picture[rows] for number, picture in given.items()}
+            return long_video.generate(plan, length, there, c.reconstruction, make)
+
         with self.at_work(stage2):
-            for start in range(0, len(low), at_once):
-                rows = slice(start, start + at_once)
-                some = _rows(request, rows)
-
-                def make(window: Window, known: Known | None, rows: slice = rows, some: Request = some) -> Tensor:
-                    bars = progress(_titled("stage 2", plan, window), c.stage2_sampler.steps) if progress else None
-                    frames = low[rows, [min(number, length - 1) for number in window.frames]]
-                    told = replace(some, low_resolution=frames, corruption=c.corruption, known=known)
-                    return generate(stage2, told, c.stage2_sampler, bars)
-
-                there = {number: picture[rows] for number, picture in given.items()}
-                made.append(long_video.generate(plan, length, there, c.reconstruction, make))
-        return torch.cat(made)
+            return torch.cat([upsampled(slice(start, start + at_once)) for start in range(0, len(low), at_once)])
 
     def _given(self, given: Mapping[int, Image.Image], length: int, clips: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Given pictures for stage 1 and for stage 2: (clips, C, H, W) in [-1, 1] by the number of the frame."""
@@ -284,19 +279,13 @@ def _rows(request: Request, rows: slice) -> Request:
     return replace(request, **tensors)
 
 
-def _require_first(stage: Published, name: str) -> None:
-    if stage.denoiser.config.upsampler is not None:
-        raise UserError(f"{name} is an upsampler: name a first stage as stage1")
-
-
-def _require_second(stage: Published, name: str) -> None:
-    if stage.denoiser.config.upsampler is None:
-        raise UserError(f"{name} is no upsampler: name a second stage as stage2")
-
-
-def _require_fit(stage1: Published, stage2: Published, config: CascadeConfig) -> None:
-    _require_first(stage1, str(config.stage1))
-    _require_second(stage2, str(config.stage2))
+def _require_fit(stage1: Published | None, stage2: Published | None, config: CascadeConfig) -> None:
+    if stage1 and stage1.denoiser.config.upsampler is not None:
+        raise UserError(f"{config.stage1} is an upsampler: name a first stage as stage1")
+    if stage2 and stage2.denoiser.config.upsampler is None:
+        raise UserError(f"{config.stage2} is no upsampler: name a second stage as stage2")
+    if not (stage1 and stage2):
+        return
     low, high = stage1.denoiser.config, stage2.denoiser.config
     assert high.upsampler is not None
     made = (low.network.size[0], low.codec.height, low.codec.width)

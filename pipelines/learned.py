@@ -25,6 +25,7 @@ from model.codec import from_pixels, to_pixels
 from model.config import UserError
 from model.data import batch
 from model.data.samples import derived_seed
+from model.denoiser import Denoiser
 from model.diffusion import edm
 from model.generate import Request, draw, generate
 from model.networks.conditioning import Conditioning
@@ -214,13 +215,11 @@ def denoising(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> l
     with tqdm(total=2 * len(c.noise) * len(asked), desc="denoising", unit="clip") as bar:
         for part in _batches(range(len(asked)), c.batch):
             real = torch.stack([from_pixels(torch.from_numpy(asked[n].frames)) for n in part]).to(cascade.device)
-            x, media_mask = denoiser.codec.encode(real), denoiser.codec.mask(cascade.device)
+            x = denoiser.codec.encode(real)
             for row, level in enumerate(c.noise):
                 generators = [torch.Generator().manual_seed(derived_seed(c.seed, asked[n].number, row)) for n in part]
                 eps = draw(generators, x.shape[1:], cascade.device)
                 sigma = torch.full((len(part),), level / denoiser.config.diffusion.sigma_in, device=cascade.device)
-                no_images = torch.zeros_like(sigma, dtype=torch.bool)
-                x_sigma = edm.process(denoiser.config.diffusion, no_images).add_noise(x, eps, sigma)
                 for column in range(2):
                     said = [(n + column * (len(asked) // 2)) % len(asked) for n in part]
                     told = Conditioning(
@@ -230,13 +229,22 @@ def denoising(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> l
                         frame_rate=torch.tensor([asked[n].frame_rate for n in part], device=cascade.device),
                         resolution=torch.tensor([c.cascade.resolution] * len(part), dtype=torch.float32, device=cascade.device),
                     )
-                    estimate, latents = denoiser.denoise(x_sigma, sigma, told, None)
-                    if denoiser.config.self_conditioning:
-                        estimate, _ = denoiser.denoise(x_sigma, sigma, told, latents)
-                    error = ((estimate - x) * media_mask).double().square().mean(dim=(1, 2, 3, 4)) / media_mask.mean()
-                    errors[row, column] += error.sum().cpu() / len(asked)
+                    errors[row, column] += squared_error(denoiser, x, eps, sigma, told).sum().cpu() / len(asked)
                     bar.update(len(part))
     return [Denoised(level, *pair) for level, pair in zip(c.noise, errors.tolist(), strict=True)]
+
+
+def squared_error(denoiser: Denoiser, x: Tensor, eps: Tensor, sigma: Tensor, told: Conditioning) -> Tensor:
+    """(B,) mean of (D - x)^2 without the padding, of a network used as samplers use it.
+
+    ``x`` and ``eps`` are (B, T, C, H, W) in model space, ``sigma`` (B,).
+    """
+    x_sigma = edm.process(denoiser.config.diffusion, told.is_image).add_noise(x, eps, sigma)
+    estimate, latents = denoiser.denoise(x_sigma, sigma, told, None)
+    if denoiser.config.self_conditioning:
+        estimate, _ = denoiser.denoise(x_sigma, sigma, told, latents)
+    mask = denoiser.codec.mask(x.device)
+    return ((estimate - x) * mask).double().square().mean(dim=(1, 2, 3, 4)) / mask.mean()
 
 
 def upsampling(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> Upsampling:
