@@ -49,7 +49,7 @@ WARMUP, HALF_LIFE = 200, 150  # steps
 class Point:
     """Mean of (D - x)^2 after some steps, at each level of ``NOISE``."""
 
-    seconds: float
+    seconds: float  # of one core
     steps: int
     videos: list[float]
     images: list[float]
@@ -104,7 +104,7 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
     rng, points, steps, spent = np.random.default_rng(c.seed), list[Point](), 0, 0.0
     with tqdm(total=round(seconds), unit="s", leave=False, disable=None) as bar:
         while spent < seconds:
-            begin = time.perf_counter()
+            begin = time.process_time()
             decayed = 0.01 + 0.99 * (1 + math.cos(math.pi * spent / seconds)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1, (steps + 1) / WARMUP) * decayed
@@ -118,7 +118,7 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
             keep = min(0.5 ** (1 / HALF_LIFE), (steps + 1) / (steps + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()), 1 - keep)
-            steps, spent = steps + 1, spent + time.perf_counter() - begin
+            steps, spent = steps + 1, spent + time.process_time() - begin
             bar.update(min(round(spent), round(seconds)) - bar.n)
             if spent >= min(seconds, (len(points) + 1) * every):
                 average.eval()
