@@ -40,7 +40,7 @@ TINY = FITConfig(
     dropout=0.0,
 )
 
-# The same video; attention over 4x6 and 2x3 places. Of two channels to each of a norm's 32 groups: of one alone, no mean passes.
+# The same video; attention over 4x6 and 2x3 places.
 TINY_UNET = UNetConfig(
     size=(4, 8, 12),
     base_width=64,

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 NORM_GROUPS = 32  # of every group norm, as in ADM
+# At least, as in EDM's code: a norm of one channel takes away how much of it a frame has, such as the background's colour.
+CHANNELS_PER_GROUP = 4
 
 
 @dataclass(frozen=True)

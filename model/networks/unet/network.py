@@ -27,14 +27,14 @@ from torch.nn import functional
 from model.networks.conditioning import Conditioning, ConditioningTokens
 from model.networks.layers import Attention
 from model.networks.network import Block, Network, NetworkOutput, check_inputs
-from model.networks.unet.config import NORM_GROUPS, UNetConfig
+from model.networks.unet.config import CHANNELS_PER_GROUP, NORM_GROUPS, UNetConfig
 
 
 class GroupNorm(nn.GroupNorm):
     """Group norm whose result has its input's dtype: computed in float32 under autocast, as in ADM, but not kept so."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(NORM_GROUPS, width)
+        super().__init__(min(NORM_GROUPS, width // CHANNELS_PER_GROUP), width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same."""

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from model.networks import catalogue
 from model.networks.unet.config import UNetConfig
-from model.networks.unet.network import ResidualBlock, SpatialAttention, TemporalAttention
+from model.networks.unet.network import GroupNorm, ResidualBlock, SpatialAttention, TemporalAttention
 
 # The columns of Table 7.
 UNET_85M = UNetConfig(base_width=128, multipliers=(1, 2, 2, 3))
@@ -72,7 +72,7 @@ def test_residual_blocks_are_adms(loud, resample: Any, outputs: int) -> None:
         return functional.interpolate(h, scale_factor=2, mode="nearest") if resample else h
 
     def norm(h: Tensor, layer: nn.GroupNorm) -> Tensor:
-        groups = h.unflatten(1, (32, -1))
+        groups = h.unflatten(1, (h.shape[1] // 4, -1))
         centred = groups - groups.mean(dim=(2, 3, 4), keepdim=True)
         h = (centred / (centred.square().mean(dim=(2, 3, 4), keepdim=True) + 1e-5).sqrt()).flatten(1, 2)
         return h * layer.weight[:, None, None] + layer.bias[:, None, None]
@@ -83,6 +83,11 @@ def test_residual_blocks_are_adms(loud, resample: Any, outputs: int) -> None:
     h = functional.conv2d(functional.silu(h), block.output.weight, block.output.bias, padding=1)
     short = change(x) if outputs == 32 else functional.conv2d(change(x), block.skip.weight, block.skip.bias)
     torch.testing.assert_close(block(x, embedding), short + h)
+
+
+def test_norms_have_32_groups_of_four_channels_and_more() -> None:
+    for width, groups in {32: 8, 96: 24, 128: 32, 160: 32, 768: 32}.items():
+        assert GroupNorm(width).num_groups == groups
 
 
 def reference_attention(layer: SpatialAttention | TemporalAttention, tokens: Tensor) -> Tensor:
