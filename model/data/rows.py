@@ -1,6 +1,7 @@
 """Rows of MDS shards, of which only what is used is read: a window of 16 frames is a third of a stored clip or less."""
 
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from streaming.base.format.mds.encodings import mds_decode
 from streaming.base.format.mds.reader import MDSReader
 
 LAZY = "frames"  # the column that is read by parts
-OPEN_SHARDS = 32  # in a process: opening one for every row took a tenth of a row's time
+OPEN_SHARDS = 32  # in a process: opening one for every row takes as long as reading it
 NEAR = 1024  # bytes that are read at once where a row begins; what comes before its frames is a caption and offsets
 
 
@@ -58,12 +59,17 @@ class StoredFrames:
 class RowReader(MDSReader):
     """Gives rows whose frames are ``StoredFrames``. Takes uncompressed shards of ``schema.COLUMNS``."""
 
+    _number: int | None = None
+
     @classmethod
-    def of(cls, r: Reader) -> "RowReader":
-        """The same shard, read so."""
+    def of(cls, r: Reader, stays_open: bool) -> "RowReader":
+        """The same shard, read so. One that stays open takes its room on the disk even if it is removed meanwhile."""
         assert isinstance(r, MDSReader)  # as the index was found to say
         columns = (r.column_encodings, r.column_names, r.column_sizes)
-        return cls(r.dirname, r.split, *columns, r.compression, r.hashes, r.raw_data, r.samples, r.size_limit, r.zip_data)
+        reader = cls(r.dirname, r.split, *columns, r.compression, r.hashes, r.raw_data, r.samples, r.size_limit, r.zip_data)
+        if stays_open:
+            reader._number = next(_numbers)
+        return reader
 
     def get_item(self, idx: int) -> dict[str, Any]:
         """Row ``idx``.
@@ -72,13 +78,14 @@ class RowReader(MDSReader):
             ValueError: the shard is damaged there. Nothing is allocated that the file does not hold.
             FileNotFoundError: it is not here.
         """
-        shard = _open(Path(self.dirname, self.split, self.raw_data.basename))
+        path = Path(self.dirname, self.split, self.raw_data.basename)
+        shard = Shard(path) if self._number is None else _opened(path, self._number)
         begin, end = shard.read(4 * (1 + idx), 4 * (3 + idx)).view(np.uint32).tolist()
         near = shard.read(begin, min(begin + NEAR, end)).tobytes()
         # The sizes of the columns that vary, then the columns.
         header = 4 * sum(not size for size in self.column_sizes)
         said = iter(np.frombuffer(near[:header], np.uint32).tolist())
-        sizes = [size or next(said) for size in self.column_sizes]
+        sizes = [size or next(said, 0) for size in self.column_sizes]
         if begin + header + sum(sizes) != end:
             raise ValueError(f"sample {idx} says that it has {header + sum(sizes)} bytes, the shard says {end - begin}")
         row, at = dict[str, Any](), begin + header
@@ -97,4 +104,10 @@ class RowReader(MDSReader):
         return row
 
 
-_open = functools.lru_cache(maxsize=OPEN_SHARDS)(Shard)
+_numbers = itertools.count()  # of readers: another data set at the same path is not the one that was opened
+
+
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _opened(path: Path, reader: int) -> Shard:
+    del reader
+    return Shard(path)

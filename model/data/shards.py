@@ -115,7 +115,8 @@ class ShardStream(Stream):
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         """Readers that read by parts (``model/data/rows.py``)."""
-        return [RowReader.of(shard) for shard in super().get_shards(world, allow_unsafe_types)]
+        whole = super().get_shards(world, allow_unsafe_types)
+        return [RowReader.of(shard, stays_open=self.storage is None) for shard in whole]
 
     def prepare_shard(self, shard: Reader) -> int:
         """Fetch ``shard`` unless it is here; return how many bytes that added.
