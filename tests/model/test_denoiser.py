@@ -153,8 +153,9 @@ def test_all_weights_are_the_networks(stage) -> None:
 
 
 def test_a_u_net_trains_by_adam_and_samples(stage, clips, conditioning, tiny_unet) -> None:
+    torch.manual_seed(0)
     denoiser = Denoiser(stage(network=tiny_unet, self_conditioning=0.0))
-    optimizer = optimizers.build(denoiser.parameters(), AdamConfig(lr=1e-2))
+    optimizer = optimizers.build(denoiser.parameters(), AdamConfig(lr=1e-3))  # at 1e-2 the second step is one too far
     losses = []
     for _ in range(4):
         optimizer.zero_grad()
@@ -162,7 +163,7 @@ def test_a_u_net_trains_by_adam_and_samples(stage, clips, conditioning, tiny_une
         denoiser.loss(terms, clips(4)).backward()
         optimizer.step()
         losses.append(float(terms.loss.mean()))
-    assert losses[-1] < losses[0]
+    assert losses == sorted(losses, reverse=True)
     assert all(p.isfinite().all() for p in denoiser.parameters())
     estimate, latents = denoiser.denoise(torch.randn(3, 4, 3, 8, 12), torch.tensor([0.01, 1.0, 60.0]), conditioning(3), None)
     assert estimate.shape == (3, 4, 3, 8, 12) and estimate.isfinite().all()
