@@ -13,7 +13,6 @@ from streaming.base.format.mds.reader import MDSReader
 
 LAZY = "frames"  # the column that is read by parts
 OPEN_SHARDS = 32  # in a process: opening one for every row takes as long as reading it
-NEAR = 1024  # bytes that are read at once where a row begins; what comes before its frames is a caption and offsets
 
 
 class Shard:
@@ -81,26 +80,20 @@ class RowReader(MDSReader):
         path = Path(self.dirname, self.split, self.raw_data.basename)
         shard = Shard(path) if self._number is None else _opened(path, self._number)
         begin, end = shard.read(4 * (1 + idx), 4 * (3 + idx)).view(np.uint32).tolist()
-        near = shard.read(begin, min(begin + NEAR, end)).tobytes()
         # The sizes of the columns that vary, then the columns.
         header = 4 * sum(not size for size in self.column_sizes)
-        said = iter(np.frombuffer(near[:header], np.uint32).tolist())
+        said = iter(shard.read(begin, min(begin + header, end)).view(np.uint32).tolist())
         sizes = [size or next(said, 0) for size in self.column_sizes]
         if begin + header + sum(sizes) != end:
             raise ValueError(f"sample {idx} says that it has {header + sum(sizes)} bytes, the shard says {end - begin}")
-        row, at = dict[str, Any](), begin + header
-        lazy = self.column_names.index(LAZY)
-        far = end - sum(sizes[lazy + 1 :])  # where what lies behind the frames begins
-        behind = shard.read(far, end).tobytes()
-        if far - sizes[lazy] > begin + len(near):
-            near = shard.read(begin, far - sizes[lazy]).tobytes()
-        for name, encoding, size in zip(self.column_names, self.column_encodings, sizes, strict=True):
-            if name == LAZY:
-                row[name] = StoredFrames(shard, at, size)
-            else:
-                data, origin = (near, begin) if at < far else (behind, far)
-                row[name] = mds_decode(encoding, data[at - origin : at - origin + size])
-            at += size
+        starts = list(itertools.accumulate(sizes, initial=begin + header))
+        lazy, row = self.column_names.index(LAZY), dict[str, Any]()
+        for part in (slice(0, lazy), slice(lazy + 1, len(sizes))):  # what lies before the frames, and what behind them
+            data, at = shard.read(starts[part.start], starts[part.stop]).tobytes(), 0
+            for name, encoding, size in zip(self.column_names[part], self.column_encodings[part], sizes[part], strict=True):
+                row[name] = mds_decode(encoding, data[at : at + size])
+                at += size
+        row[LAZY] = StoredFrames(shard, starts[lazy], sizes[lazy])
         return row
 
 
