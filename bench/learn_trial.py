@@ -1,4 +1,4 @@
-"""How quickly a variant of make learn's stage 1 learns: ``python bench/learn_trial.py [--help]``.
+"""How quickly a variant of make learn's stages learns: ``python bench/learn_trial.py [--help]``.
 
 A bare training loop on one core, without Composer, sharding or loaders: AdamW, cosine decay, an average of the weights. Reports
 the error of D on held-out videos and on training images at fixed noise, which losses of different processes would hide. Needs the
@@ -55,6 +55,11 @@ class Point:
     images: list[float]
 
 
+def stage(c: TrainConfig) -> str:
+    """The folder of the shards that a yaml trains on: stage1 or stage2."""
+    return Path(c.data.videos or "").parent.name
+
+
 class Data:
     """Windows of the clips that make learn prepared in a folder, in memory."""
 
@@ -62,9 +67,10 @@ class Data:
         self.frames = c.model.network.size[0]
         self.max_tokens = c.data.max_tokens
         rates = c.data.frame_rates
-        self.videos = [s for seed in range(WINDOWS) for s in self._read(folder / "shards/stage1/videos", rates, seed)]
-        self.images = self._read(folder / "shards/stage1/images", rates, 0)
-        held_out = self._read(folder / "held-out/shards/stage1/videos", rates, 0)
+        shards = folder / "shards" / stage(c)
+        self.videos = [s for seed in range(WINDOWS) for s in self._read(shards / "videos", rates, seed)]
+        self.images = self._read(shards / "images", rates, 0)
+        held_out = self._read(folder / "held-out/shards" / stage(c) / "videos", rates, 0)
         self.held_out = held_out[:: max(1, len(held_out) // HELD_OUT)][:HELD_OUT]
 
     def _read(self, folder: Path, rates: Sequence[float], seed: int) -> list[Sample]:
@@ -90,6 +96,10 @@ def errors(denoiser: Denoiser, samples: Batch) -> list[float]:
         told = Conditioning(
             edm.c_noise(sigma), samples["text"], samples["text_mask"], samples["frame_rate"], samples["resolution"]
         )
+        if denoiser.config.upsampler:
+            low = denoiser.downsample(samples["video"])
+            clean = torch.zeros(len(x))
+            told = replace(told, low_resolution=denoiser.low_resolution_input(low, clean, low), corruption=clean)
         found.append(float(squared_error(denoiser, x, eps, sigma, told).mean()))
     return found
 
@@ -128,7 +138,8 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
 
 def save(folder: Path, c: TrainConfig, data: Path, model: Denoiser, steps: int) -> None:
     """Write the model as a training run would: ``cascade.stage1=FOLDER`` samples it."""
-    there = replace(c.data, videos=str(data / "shards/stage1/videos"), images=str(data / "shards/stage1/images"))
+    shards = data / "shards" / stage(c)
+    there = replace(c.data, videos=str(shards / "videos"), images=str(shards / "images"))
     weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters()}
     origin = checkpoint.Origin(c.name, steps, provenance.git_commit())
     checkpoint.write(folder, weights, config.to_tree(c), dataset.manifests(there), origin)

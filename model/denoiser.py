@@ -28,6 +28,9 @@ class UpsamplerConfig:
 
     factor: int = 8
     max_corruption: float = 0.5  # std of the noise in training is uniform in [0, this]
+    # Diffuse what the low-resolution input lacks (Li et al. 2022, SRDiff), which the paper does not: a narrow network then need
+    # not learn to copy its input (docs/learning.md). ``diffusion.sigma_data`` is that residual's spread.
+    residual: bool = False
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -123,6 +126,7 @@ class Denoiser(ComposerModel):
         x = self.codec.encode(batch["video"])
         conditioning = self._training_conditioning(batch, sigma, draws, text_dropout)
         process = edm.process(diffusion, conditioning.is_image)
+        x = x - self._known(conditioning, x)
         eps = edm.share_noise(draws.normal(*x.shape[1:]), conditioning.is_image, diffusion)
         network_input = process.scale_input(process.add_noise(x, eps, sigma), sigma)
         latents = self._self_conditioning(network_input, conditioning, draws, self_conditioning)
@@ -146,8 +150,10 @@ class Denoiser(ComposerModel):
         Padding is known to be zero, so D says zero there rather than what the untrained output says.
         """
         process = edm.process(self.config.diffusion, conditioning.is_image)
+        known = self._known(conditioning, x_sigma)
+        x_sigma = process.take_away(x_sigma, known)
         output, latents = self.network(process.scale_input(x_sigma, sigma), conditioning, latents)
-        estimate = process.combine(x_sigma, output.float(), sigma)
+        estimate = process.combine(x_sigma, output.float(), sigma) + known
         return estimate * self.codec.mask(estimate.device), latents
 
     def downsample(self, video: Tensor) -> Tensor:
@@ -169,6 +175,13 @@ class Denoiser(ComposerModel):
         height, width = self.config.codec.height, self.config.codec.width
         flat = functional.interpolate(corrupted.flatten(0, 1), (height, width), mode="bilinear", align_corners=False)
         return self.codec.encode(flat.unflatten(0, low.shape[:2]))
+
+    def _known(self, conditioning: Conditioning, like: Tensor) -> Tensor:
+        """(B, T, C, H, W) what of the media is not diffused: the low-resolution input where the residual is, else zero."""
+        if self.config.upsampler is None or not self.config.upsampler.residual:
+            return like.new_zeros(())
+        assert conditioning.low_resolution is not None
+        return conditioning.low_resolution
 
     def _training_conditioning(self, batch: dict[str, Any], sigma: Tensor, draws: Draws, text_dropout: float) -> Conditioning:
         low_resolution = corruption = None

@@ -125,6 +125,10 @@ class Process:
         """The forward process ``x / s_i + sigma * eps``."""
         return x / self._scale(x) + _column(sigma, x) * eps
 
+    def take_away(self, x_sigma: Tensor, known: Tensor) -> Tensor:
+        """The noisy ``x - known`` from the noisy ``x``."""
+        return x_sigma - known / self._scale(x_sigma)
+
     def network_target(self, x: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         """``c_nrm * F_tgt``, what F should return; in the rewritten framework of unit variance for data of std ``sigma_data``."""
         column = _column(sigma, x)

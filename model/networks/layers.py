@@ -1,6 +1,7 @@
 """The few layers that all networks share. Imports torch and einops alone."""
 
 import math
+from collections.abc import Callable
 
 import einops._torch_specific  # noqa: F401  lets torch.compile keep rearrange whole; by itself it comes with the first eager call
 import torch
@@ -92,9 +93,12 @@ class FeedForward(nn.Module):
         init_linear(self.expand)
         init_linear(self.contract, self.output_gain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> the same."""
-        return self.contract(self.dropout(functional.gelu(self.expand(self.norm(x)))))
+    def forward(self, x: Tensor, modulate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(..., width) -> the same. ``modulate`` changes what the norm gives."""
+        x = self.norm(x)
+        if modulate is not None:
+            x = modulate(x)
+        return self.contract(self.dropout(functional.gelu(self.expand(x))))
 
 
 class ScalarEmbedding(nn.Module):

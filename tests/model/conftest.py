@@ -61,6 +61,12 @@ def tiny() -> FITConfig:
 
 
 @pytest.fixture
+def tiny_beyond() -> FITConfig:
+    """The same with what the paper's has not."""
+    return replace(TINY, modulation=True, convolution=True, pixel_width=6, head_norm=False)
+
+
+@pytest.fixture
 def tiny_unet() -> UNetConfig:
     """A U-Net of three levels, two of them with attention."""
     return TINY_UNET

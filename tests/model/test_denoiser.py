@@ -229,6 +229,30 @@ def test_an_upsampler_trains_on_its_own_clip_averaged_down_and_corrupted(stage, 
     assert added[noisiest, ..., :6, :].std() > 3 * added[calmest, ..., :6, :].std()
 
 
+@pytest.mark.parametrize(("framework", "sigma_in"), [("snap_video", 4.0), ("edm", 1.0)])
+def test_an_upsampler_of_residuals_diffuses_what_its_input_lacks(stage, clips, framework: Any, sigma_in: float) -> None:
+    diffusion = DiffusionConfig(framework=framework, sigma_in=sigma_in, sigma_data=0.3)
+    denoiser, network = build(stage(upsampler=replace(UP, residual=True), diffusion=diffusion))
+    batch = clips(4)
+    terms = denoiser(batch)
+    call, s = network.calls[-1], terms.sigma[:, None, None, None, None]
+    known, video = call["conditioning"].low_resolution, functional.pad(batch["video"], (0, 0, 0, 2))
+    residual = call["input"] * (0.09 / sigma_in**2 + s**2).sqrt()  # noisy
+    noise = (residual - (video - known) / sigma_in) / s
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    # The loss is of D, which says the whole video of a noisy video.
+    estimate, _ = denoiser.denoise(residual + known / sigma_in, terms.sigma, call["conditioning"], call["latents"])
+    torch.testing.assert_close(network.calls[-1]["input"], call["input"], rtol=1e-4, atol=1e-4)
+    errors = ((estimate - video)[..., :6, :] ** 2).mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(terms.loss, (1 / 0.09 + 1 / terms.sigma**2) * errors, rtol=1e-2, atol=1e-3)
+    # All noise and nothing said: what is known.
+    loudest = (1e4 * torch.randn_like(video), torch.full((4,), 1e6), call["conditioning"], call["latents"])
+    denoiser.denoise(*loudest)
+    network.noise = -network.calls[-1]["output"].video
+    estimate, _ = denoiser.denoise(*loudest)
+    torch.testing.assert_close(estimate[..., :6, :], known[..., :6, :], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -35,6 +35,11 @@ class FITConfig:
     # Normalise patches before the head. It takes their contrast away, which a wide stream keeps in other channels; in a narrow
     # one the head is better without (docs/learning.md).
     head_norm: bool = True
+    # Beyond the paper, whose patches hear the noise level from the latents alone and meet each other only there: small networks
+    # learn several times as fast with these (model/networks/fit/beyond.py, docs/learning.md).
+    modulation: bool = False  # the scalars scale and shift the patches
+    convolution: bool = False  # over neighbouring patches, after each write
+    pixel_width: int = 0  # channels of convolutions over pixels before the patches and after them; 0: none
     upsampler: bool = False  # reads a low-resolution video, concatenated to its input's channels
     checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass
 
@@ -51,8 +56,9 @@ class FITConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not (self.position_std > 0 and math.isfinite(self.position_std)):
             raise ValueError(f"position_std must be positive and finite, got {self.position_std}")
-        if self.global_layers < 0:
-            raise ValueError(f"global_layers must not be negative, got {self.global_layers}")
+        for name in ("global_layers", "pixel_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         for axis, size, patch, group in zip(("frames", "height", "width"), self.size, self.patch, self.group, strict=True):
@@ -74,6 +80,12 @@ class FITConfig:
     def grid(self) -> tuple[int, int, int]:
         """Patches along (frames, height, width)."""
         return (self.size[0] // self.patch[0], self.size[1] // self.patch[1], self.size[2] // self.patch[2])
+
+    @property
+    def boxes(self) -> dict[str, int]:
+        """Groups along each axis of the grid and patches of a group along it, as the einops patterns name them."""
+        numbers = [patches // group for patches, group in zip(self.grid, self.group, strict=True)]
+        return dict(zip(("nt", "nh", "nw", "t", "h", "w"), (*numbers, *self.group), strict=True))
 
     @property
     def groups(self) -> int:

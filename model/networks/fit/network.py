@@ -13,13 +13,16 @@ self-conditioning norm starts at scale zero.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model.networks.conditioning import Conditioning, ConditioningTokens
 from model.networks.fit import transfer
+from model.networks.fit.beyond import Modulation, PatchConvolution, PixelBlock
 from model.networks.fit.config import FITConfig
 from model.networks.layers import Attention, FeedForward, init_linear
 from model.networks.network import Block, Network, NetworkOutput, check_inputs
@@ -55,8 +58,12 @@ class FITBlock(Block):
         self.layers = nn.ModuleList(GlobalLayer(c, latent_gain) for _ in range(c.global_layers))
         self.write = Attention(c.patch_width, c.latent_width, c.patch_head_width, patch_gain)
         self.write_feed_forward = FeedForward(c.patch_width, output_gain=patch_gain)
+        self.modulation = Modulation(c.conditioning_width, c.patch_width) if c.modulation else None
+        self.convolution = PatchConvolution(c, patch_gain) if c.convolution else None
 
-    def compute(self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+    def compute(
+        self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, scalars: Tensor, write: bool
+    ) -> tuple[Tensor, Tensor]:
         """One block of Figure 3b.
 
         Args:
@@ -64,6 +71,7 @@ class FITBlock(Block):
             latents: (B, G M, Z).
             tokens: (B, S, E), the conditioning.
             mask: (B, S), True where a token may be read.
+            scalars: (B, E), what modulates the patches.
             write: False leaves the patches as they are.
 
         Returns:
@@ -80,7 +88,10 @@ class FITBlock(Block):
         if write:
             grouped = rearrange(latents, "b (g m) z -> (b g) m z", g=self.groups)
             patches = patches + self.write(patches, grouped)
-            patches = patches + self.write_feed_forward(patches)
+            modulate = partial(self.modulation, scalars=scalars) if self.modulation else None
+            patches = patches + self.write_feed_forward(patches, modulate)
+            if self.convolution:
+                patches = patches + self.convolution(patches)
         return patches, latents
 
 
@@ -119,17 +130,21 @@ class FIT(Network):
     def __init__(self, config: FITConfig) -> None:
         super().__init__()
         self.config = config
-        pixels = math.prod(config.patch)
+        pixels, width = math.prod(config.patch), config.pixel_width
         inputs = config.channels * (2 if config.upsampler else 1)
         self.conditioning = ConditioningTokens(config.text_width, config.conditioning_width, config.upsampler)
-        self.stem = nn.Linear(inputs * pixels, config.patch_width)
+        self.pixel_stem = PixelBlock(inputs, width, width, config.conditioning_width) if width else None
+        self.stem = nn.Linear((width or inputs) * pixels, config.patch_width)
         self.position = PatchPosition(config)
         self.latents = nn.Parameter(torch.empty(config.latent_tokens, config.latent_width))
         self.self_conditioning = FeedForward(config.latent_width)
         self.self_conditioning_norm = nn.LayerNorm(config.latent_width)
         self.blocks = nn.ModuleList(FITBlock(config) for _ in range(config.blocks))
+        self.stem_modulation = Modulation(config.conditioning_width, config.patch_width) if config.modulation else None
         self.head_norm = nn.LayerNorm(config.patch_width) if config.head_norm else nn.Identity()
-        self.head = nn.Linear(config.patch_width, config.channels * pixels)
+        self.head_modulation = Modulation(config.conditioning_width, config.patch_width) if config.modulation else None
+        self.head = nn.Linear(config.patch_width, (width or config.channels) * pixels)
+        self.pixel_head = PixelBlock(2 * width, width, config.channels, config.conditioning_width, 0.2) if width else None
 
     def reset_parameters(self) -> None:
         init_linear(self.stem)
@@ -137,7 +152,7 @@ class FIT(Network):
         nn.init.normal_(self.latents)
         nn.init.zeros_(self.self_conditioning_norm.weight)
         # Not zero: LAMB's step is relative to a weight's norm, so a weight that starts at zero grows slowly.
-        init_linear(self.head, gain=0.2)
+        init_linear(self.head, gain=1.0 if self.config.pixel_width else 0.2)
 
     def adapt(self, weights: Mapping[str, Tensor], source: FITConfig) -> dict[str, Tensor]:
         """Input stem and positions from another FIT's (model/networks/fit/transfer.py)."""
@@ -155,34 +170,36 @@ class FIT(Network):
         tokens, mask = self.conditioning(conditioning)
         if conditioning.low_resolution is not None:
             video = torch.cat([video, conditioning.low_resolution.to(video.dtype)], dim=2)
-        patches = self.stem(self._to_patches(video)) + self.position()
-        patches = self._to_groups(patches)
+        scalars = functional.silu(tokens[:, conditioning.text.shape[1] :].sum(dim=1))
+        if self.pixel_stem:
+            video = self.pixel_stem(video, scalars)
+        patches = self._to_groups(self.stem(self._to_patches(video)) + self.position())
+        if self.stem_modulation:
+            patches = self.stem_modulation(patches, scalars)
 
         previous = self.latents.new_zeros(len(video), *self.latents.shape) if latents is None else latents
         state = self.latents + self.self_conditioning_norm(self.self_conditioning(previous))
         for number, block in enumerate(self.blocks):
             write = not (latents_only and number == c.blocks - 1)
-            patches, state = block(patches, state, tokens, mask, write)
+            patches, state = block(patches, state, tokens, mask, scalars, write)
         if latents_only:
             return NetworkOutput(None, state)
-        return NetworkOutput(self._to_video(self.head(self.head_norm(patches))), state)
+        patches = self.head_norm(patches)
+        if self.head_modulation:
+            patches = self.head_modulation(patches, scalars)
+        output = self._to_video(self.head(patches))
+        if self.pixel_head:
+            output = self.pixel_head(torch.cat([output, video.to(output.dtype)], dim=2), scalars)
+        return NetworkOutput(output, state)
 
     def _to_patches(self, video: Tensor) -> Tensor:
         pt, ph, pw = self.config.patch
         return rearrange(video, "b (t pt) c (h ph) (w pw) -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
     def _to_groups(self, patches: Tensor) -> Tensor:
-        (t, h, w), (gt, gh, gw) = self.config.grid, self.config.group
-        return rearrange(
-            patches,
-            "b (nt t nh h nw w) p -> (b nt nh nw) (t h w) p",
-            nt=t // gt, t=gt, nh=h // gh, h=gh, nw=w // gw, w=gw,
-        )  # fmt: skip
+        return rearrange(patches, "b (nt t nh h nw w) p -> (b nt nh nw) (t h w) p", **self.config.boxes)
 
     def _to_video(self, pixels: Tensor) -> Tensor:
-        (t, h, w), (gt, gh, gw), (pt, ph, pw) = self.config.grid, self.config.group, self.config.patch
-        return rearrange(
-            pixels,
-            "(b nt nh nw) (t h w) (pt ph pw c) -> b (nt t pt) c (nh h ph) (nw w pw)",
-            nt=t // gt, t=gt, nh=h // gh, h=gh, nw=w // gw, w=gw, pt=pt, ph=ph, pw=pw,
-        )  # fmt: skip
+        pt, ph, pw = self.config.patch
+        axes = "(b nt nh nw) (t h w) (pt ph pw c) -> b (nt t pt) c (nh h ph) (nw w pw)"
+        return rearrange(pixels, axes, pt=pt, ph=ph, pw=pw, **self.config.boxes)

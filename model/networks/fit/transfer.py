@@ -28,7 +28,8 @@ def adapt(weights: Mapping[str, Tensor], source: FITConfig, config: FITConfig) -
     if source.patch_width != config.patch_width:
         return {}
     adapted = {}
-    if source.patch == config.patch and source.channels == config.channels and source.upsampler < config.upsampler:
+    alike = source.patch == config.patch and source.channels == config.channels and source.pixel_width == config.pixel_width == 0
+    if alike and source.upsampler < config.upsampler:
         adapted[STEM] = _widen(weights[STEM], config.channels)
     if source.grid != config.grid or source.position != config.position:
         table = weights[TABLE] if TABLE in weights else weights[FRAME] + weights[PLACE]

@@ -4,13 +4,16 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from model.networks import catalogue
 from model.networks.conditioning import Conditioning
+from model.networks.fit.beyond import PatchConvolution
 from model.networks.fit.config import FITConfig
 from model.networks.fit.network import FIT
 
@@ -145,6 +148,60 @@ def test_reads_and_writes_stay_in_their_group_and_global_layers_mix(tiny, video,
     inside[4:, :6] = True
     assert moved[..., inside].all()  # all frames of the group hear of it
     assert bool(moved[..., ~inside].any()) == (global_layers > 0)
+
+
+@pytest.mark.parametrize("group", [(4, 2, 3), (2, 4, 3)])
+def test_a_convolution_is_over_the_grid_of_patches_whatever_the_groups(tiny, group: tuple[int, int, int]) -> None:
+    config = replace(tiny, group=group)
+    network, layer = build(config), PatchConvolution(config, gain=0.5).double()
+    layer.reset_parameters()
+    assert float(layer.convolution.weight.detach().std()) == pytest.approx(0.5 / math.sqrt(27), rel=0.1)
+    nn.init.normal_(layer.convolution.bias)
+    patches = torch.randn(2, config.patch_tokens, config.patch_width, dtype=torch.float64)
+    expected = torch.empty_like(patches)
+    frames, rows, columns = config.grid
+    for channel in range(config.patch_width):
+        grid = patches[..., channel].reshape(2, frames, rows, columns).numpy()
+        kernel = layer.convolution.weight[channel, 0].detach().numpy()
+        found = np.stack([ndimage.correlate(one, kernel, mode="constant") for one in grid])
+        expected[..., channel] = torch.from_numpy(found).flatten(1) + layer.convolution.bias[channel].detach()
+    torch.testing.assert_close(layer(network._to_groups(patches)), network._to_groups(expected))
+
+
+def test_with_convolutions_neighbours_meet_without_latents(tiny, video, conditioning) -> None:
+    config = replace(tiny, global_layers=0, convolution=True, blocks=2)
+    network, clip, told = build(config), video(1, config), conditioning(1)
+    changed = clip.clone()
+    changed[0, 2, 1, 5, 3] += 1  # in row 2, column 1 of the patches, in a group of rows 2 and 3, columns 0 to 2
+    moved = (network(changed, told).video - network(clip, told).video).abs() > 1e-9
+    outside = moved.amax(dim=(0, 1, 2))
+    assert outside[2:4].any()  # row 1, in the group above
+    assert outside[:, 6:8].any()  # column 3, in the group to the right
+
+
+def test_pixels_pass_beside_the_stream_within_their_neighbourhood(tiny, video, conditioning) -> None:
+    network, clip, told = build(replace(tiny, pixel_width=6)), video(1, tiny), conditioning(1)
+    with torch.no_grad():
+        network.head.weight.zero_()
+    changed = clip.clone()
+    changed[0, 2, 1, 3, 5] += 1
+    moved = ((network(changed, told).video - network(clip, told).video).abs() > 1e-9).any(dim=2)[0]
+    near = torch.zeros(4, 8, 12, dtype=torch.bool)
+    near[2, :8, 1:10] = True  # four convolutions of 3x3
+    assert torch.equal(moved, near)
+
+
+@pytest.mark.parametrize("modulation", [False, True])
+def test_with_modulation_patches_hear_the_scalars_without_latents(tiny, video, conditioning, modulation: bool) -> None:
+    network, clip, told = build(replace(tiny, modulation=modulation)), video(1, tiny), conditioning(1)
+    with torch.no_grad():
+        for block in network.blocks:
+            block.write.output.weight.zero_()
+    other = replace(told, text=torch.randn_like(told.text), text_mask=torch.ones_like(told.text_mask))
+    before = network(clip, told).video
+    assert torch.equal(network(clip, other).video, before)
+    louder = network(clip, replace(told, c_noise=told.c_noise + 1)).video
+    assert bool((louder - before).abs().max() > 1e-6) == modulation
 
 
 def test_self_conditioning_is_silent_at_first_then_heard(tiny, video, conditioning) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from model.networks import catalogue
@@ -56,6 +57,12 @@ def test_factorised_positions_keep_the_tables_strength(tiny) -> None:
     parts = catalogue.build(replace(tiny, position="factorised")).adapt(given, tiny)
     sums = parts["position.frame"] + parts["position.place"]
     torch.testing.assert_close(sums.square().mean(), given["position.table"].square().mean())
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 6), (6, 0), (6, 6)])
+def test_a_stem_of_other_channels_is_left_alone(tiny, before: int, after: int) -> None:
+    source, upsampler = replace(tiny, pixel_width=before), replace(tiny, pixel_width=after, upsampler=True)
+    assert catalogue.build(upsampler).adapt(catalogue.build(source).state_dict(), source) == {}
 
 
 def test_another_width_is_left_alone(tiny) -> None:

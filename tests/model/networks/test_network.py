@@ -16,6 +16,7 @@ from model.networks.network import NetworkOutput
 
 NETWORKS: dict[str, dict[str, Any]] = {  # by the fixture of its config
     "tiny": {},
+    "tiny_beyond": {},
     "tiny_unet": {"multipliers": (1, 2), "attention_factors": (2,)},  # fewer levels: less to compile
 }
 
@@ -115,6 +116,7 @@ def test_samples_of_a_batch_do_not_see_each_other(config, build, video, conditio
         ("tiny", {"position": "factorised"}),
         ("tiny", {"upsampler": True}),
         ("tiny", {"upsampler": True, "position": "factorised"}),
+        ("tiny_beyond", {"upsampler": True}),
         ("tiny_unet", {}),
     ],
 )
