@@ -39,7 +39,7 @@ from pipelines.clips import RealClips
 from pipelines.learned import squared_error
 
 ROOT = Path(__file__).parents[1]
-NOISE = (0.5, 1.0, 2.0, 4.0)  # sigma times sigma_in
+NOISE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # sigma times sigma_in
 HELD_OUT = 48
 WINDOWS = 8  # of each training clip
 WARMUP, HALF_LIFE = 200, 150  # steps

@@ -80,6 +80,7 @@ def _error(noise: float) -> Metric:
 
 # What of learned.json is shown, in the table's order: shares, better when larger, and errors, better when smaller.
 METRICS: dict[str, Metric] = {
+    "count %": _share("seen", "count"),
     "colour %": _share("seen", "colour"),
     "shape %": _share("seen", "shape"),
     "direction %": _share("seen", "direction"),
@@ -87,6 +88,7 @@ METRICS: dict[str, Metric] = {
     "distance": lambda tree: float(tree["seen"]["distance"]),
     "error at 0.5": _error(0.5),
     "error at 2": _error(2),
+    "error at 8": _error(8),
 }
 
 
