@@ -90,7 +90,12 @@ class Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.flops[self.phase, torch.is_grad_enabled()] += formula(*args, **kwargs, out_val=result)
+            counted = formula(*args, **kwargs, out_val=result)
+            if func._overloadpacket is torch.ops.aten.convolution_backward and args[9] > 1 and args[10][1]:
+                # torch counts the weights' gradient as if channels of different groups met.
+                weights = formula(*args[:10], [False, True, False], **kwargs, out_val=result)
+                counted -= weights - weights // args[9]
+            self.flops[self.phase, torch.is_grad_enabled()] += counted
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor, count=True)
