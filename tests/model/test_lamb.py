@@ -178,7 +178,7 @@ def test_impossible_settings_are_named(options: dict[str, Any], message: str) ->
 
 
 def report_of(processes: int) -> dict[str, Any]:
-    """What so many processes report, see sharded_lamb.py."""
+    """What so many processes report, see sharded_optimizers.py."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -186,7 +186,7 @@ def report_of(processes: int) -> dict[str, Any]:
     for rank in range(processes):
         world = {"RANK": rank, "WORLD_SIZE": processes, "OMP_NUM_THREADS": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **{name: str(value) for name, value in world.items()}}
-        command = [sys.executable, str(Path(__file__).with_name("sharded_lamb.py"))]
+        command = [sys.executable, str(Path(__file__).with_name("sharded_optimizers.py"))]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         ranks.append(subprocess.Popen(command, env=environment, **pipes))
     try:
@@ -210,12 +210,14 @@ def test_shards_are_uneven_and_some_are_empty(sharded) -> None:
 
 
 def check(found: dict[str, Any]) -> None:
-    """Every way of sharding agrees with unsharded float64, at one collective a step."""
-    assert found["alone"] == [0, 0, 0, 0]
+    """Every way of sharding agrees with unsharded float64, at one collective a step, and AdamW at none."""
+    assert found["alone"] == found["alone_adam"] == [0, 0, 0, 0]
     for kind in ("sharded", "replicated", "hybrid"):
         assert found[kind]["worst"] < 1e-6, kind
         assert found[kind]["worst_low_precision"] < 2**-8, kind
         assert found[kind]["collectives"] == [1, 1, 1, 1], kind
+        assert found[kind]["worst_adam"] < 1e-5, kind
+        assert found[kind]["collectives_adam"] == [0, 0, 0, 0], kind
 
 
 def test_on_two_processes_it_is_exact_at_one_collective_a_step(sharded) -> None:

@@ -1,4 +1,4 @@
-"""Run by test_lamb.py as one of some processes: LAMB on sharded parameters, printed as JSON by rank 0. Imports torch alone."""
+"""Run by test_lamb.py as one of some processes: optimisers on sharded parameters, as JSON by rank 0. Imports torch alone."""
 
 import json
 import os
@@ -15,10 +15,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from model.lamb import LAMB, LAMBConfig
+from model import optimizers
+from model.lamb import LAMBConfig
+from model.optimizers import AdamConfig, OptimizerConfig
 
 STEPS = 4
-CONFIG = LAMBConfig(lr=0.02, weight_decay=0.1)
+LAMB = LAMBConfig(lr=0.02, weight_decay=0.1)
+ADAM = AdamConfig(lr=0.02, weight_decay=0.1)
 
 
 def network() -> nn.Module:
@@ -36,9 +39,9 @@ def gradients(step: int, layers: nn.Module) -> list[torch.Tensor]:
     return [torch.randn(p.shape, generator=generator) for p in layers.parameters()]
 
 
-def train(layers: nn.Module) -> list[int]:
+def train(layers: nn.Module, config: OptimizerConfig) -> list[int]:
     """Four steps in the layers' precision; the number of collectives of each."""
-    optimizer = LAMB(layers.parameters(), CONFIG)
+    optimizer = optimizers.build(layers.parameters(), config)
     collectives = []
     for step in range(STEPS):
         for p, gradient in zip(layers.parameters(), gradients(step, layers), strict=True):
@@ -51,11 +54,11 @@ def train(layers: nn.Module) -> list[int]:
     return collectives
 
 
-def train_sharded(layers: nn.Module, mesh: DeviceMesh) -> list[int]:
+def train_sharded(layers: nn.Module, mesh: DeviceMesh, config: OptimizerConfig = LAMB) -> list[int]:
     for layer in layers.children():
         fully_shard(layer, mesh=mesh)
     fully_shard(layers, mesh=mesh)
-    return train(layers)
+    return train(layers, config)
 
 
 def worst(found: nn.Module, expected: nn.Module) -> float:
@@ -67,9 +70,9 @@ def worst(found: nn.Module, expected: nn.Module) -> float:
 def main() -> None:
     distributed.init_process_group("gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    alone, alone_low = network().double(), network().bfloat16()
-    result: dict[str, Any] = {"alone": train(alone)}
-    train(alone_low)
+    alone, alone_low, alone_adam = network().double(), network().bfloat16(), network().double()
+    result: dict[str, Any] = {"alone": train(alone, LAMB), "alone_adam": train(alone_adam, ADAM)}
+    train(alone_low, LAMB)
     names = ("replicate", "shard")
     inner = 2 if world == 4 else world
     meshes = {
@@ -78,12 +81,15 @@ def main() -> None:
         "hybrid": init_device_mesh("cpu", (world // inner, inner), mesh_dim_names=names),
     }
     for name, mesh in meshes.items():
-        layers, low = network(), network().bfloat16()
+        layers, low, adam = network(), network().bfloat16(), network()
         collectives = train_sharded(layers, mesh)
         train_sharded(low, mesh)
+        collectives_adam = train_sharded(adam, mesh, ADAM)
         result[name] = {
             "collectives": collectives,
+            "collectives_adam": collectives_adam,
             "worst": worst(layers, alone),
+            "worst_adam": worst(adam, alone_adam),
             "worst_low_precision": worst(low, alone_low),
             "local": [p.to_local().numel() for p in layers.parameters()],
         }
