@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 aten = torch.ops.aten
 
@@ -36,6 +36,19 @@ FLOAT32 = {
     "multi_margin_loss", "binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm", "logsumexp", "interpolate",
     "prod", "softmax", "log_softmax", "cumprod", "cumsum", "vector_norm", "matrix_norm", "sum", "norm",
 }  # fmt: skip
+
+
+def convolution_backward_flops(*arguments: Any, out_shape: Any) -> int:
+    """FLOPs of ``aten.convolution_backward`` from shapes; by torch's formula channels of different groups meet in the weights."""
+    groups, (of_input, of_weights, _) = arguments[9:11]
+    count = flop_registry[aten.convolution_backward]
+    found = int(count(*arguments[:10], [of_input, False, False], out_val=out_shape))
+    return found + int(count(*arguments[:10], [False, of_weights, False], out_val=out_shape)) // groups
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter of matrix products, convolutions and attention, with that formula."""
+    return FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: convolution_backward_flops})
 
 
 class GPUSemantics(TorchFunctionMode):
@@ -69,7 +82,7 @@ class Meter(TorchDispatchMode):
     """Counts the floating-point operations and the live bytes of what runs within.
 
     Bytes are those of tensor storages that were made within and still live; views add nothing. FLOPs are those of matrix
-    products, convolutions and attention, two for a multiplication and addition, as ``torch.utils.flop_counter`` has them.
+    products, convolutions and attention, two for a multiplication and addition, as ``flop_counter`` has them.
 
     Attributes:
         flops: by (``phase``, whether gradients were enabled).
@@ -83,19 +96,15 @@ class Meter(TorchDispatchMode):
         self.flops: defaultdict[tuple[str, bool], int] = defaultdict(int)
         self.live = self.peak = 0
         self.phase = ""
+        self._formulas = flop_counter().flop_registry
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
-            counted = formula(*args, **kwargs, out_val=result)
-            if func._overloadpacket is torch.ops.aten.convolution_backward and args[9] > 1 and args[10][1]:
-                # torch counts the weights' gradient as if channels of different groups met.
-                weights = formula(*args[:10], [False, True, False], **kwargs, out_val=result)
-                counted -= weights - weights // args[9]
-            self.flops[self.phase, torch.is_grad_enabled()] += counted
+            self.flops[self.phase, torch.is_grad_enabled()] += formula(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor, count=True)

@@ -11,12 +11,12 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch.utils.flop_counter import FlopCounterMode
 
 from model import finetuning
 from model.data import batch
 from model.data.batch import CHANNELS, PackedBatch
 from model.denoiser import Denoiser, ModelConfig
+from model.dry_run import flop_counter
 from model.faults import StepGuard
 from model.finetuning import FinetuneConfig
 from model.lamb import LAMB
@@ -55,7 +55,7 @@ def flops_per_sample(config: ModelConfig, max_tokens: int, finetune: FinetuneCon
             "resolution": torch.empty(1, 2),
             "seed": [0],
         }
-    with FlopCounterMode(display=False) as counted:
+    with flop_counter() as counted:
         denoiser.loss(denoiser(clips), clips).backward()
     return counted.get_total_flops()
 

@@ -97,7 +97,7 @@ def test_parameters_are_those_of_a_real_model() -> None:
 
 def test_state_is_five_copies_of_the_weights_divided_by_the_gpus() -> None:
     whole = 5 * FLOAT32 * count(DEMO).parameters.total  # weights, gradients, two moments, average
-    assert count(DEMO, gpus=1).memory.state == pytest.approx(whole, rel=1e-4)  # LAMB remembers its ratios beside
+    assert count(DEMO, gpus=1).memory.state == pytest.approx(whole, rel=1e-4)  # AdamW counts its steps beside
     for gpus in (2, 8):
         assert count(DEMO, gpus=gpus).memory.state == pytest.approx(whole / gpus, rel=0.01)
     assert count(DEMO, "ema.others=[1, 2]", gpus=1).memory.state == pytest.approx(whole * 7 / 5, rel=1e-4)  # two more averages
@@ -118,14 +118,12 @@ def test_the_first_gpu_holds_the_first_chunk(shape: tuple[int, ...], gpus: int) 
     assert budget._largest_shard(tensor, gpus) == torch.chunk(tensor, gpus)[0].numel()
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "copies"),
-    [("lamb", 0), ("adam", 1)],  # the denominators; LAMB's updates take the gradients' place
-)
-def test_an_update_needs_more_copies_of_the_weights(optimizer: str, copies: int) -> None:
+@pytest.mark.parametrize("optimizer", ["lamb", "adam"])
+def test_an_update_needs_no_copy_of_the_weights(optimizer: str) -> None:
+    """LAMB's updates take the gradients' place; AdamW's kernel makes none."""
     m = count(DEMO, f"optimizer={{kind: {optimizer}}}", gpus=1).memory
-    assert m.moments == pytest.approx(2 * m.weights, rel=1e-4)  # Adam counts its steps beside
-    assert (copies - 0.001) * m.weights <= m.optimizer < (copies + 0.05) * m.weights
+    assert m.moments == pytest.approx(2 * m.weights, rel=2e-4)  # Adam counts its steps beside
+    assert 0 <= m.optimizer < 0.05 * m.weights
 
 
 def test_gathered_weights_take_the_compute_precision() -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from model.codec import PixelCodecConfig
 from model.denoiser import Denoiser, ModelConfig, UpsamplerConfig
-from model.dry_run import GPUSemantics, Meter, StepCount, count_step, fsdp_units
+from model.dry_run import GPUSemantics, Meter, StepCount, count_step, flop_counter, fsdp_units
 from model.networks.fit.config import FITConfig
 from model.networks.unet.config import UNetConfig
 
@@ -303,3 +303,14 @@ def test_units_are_those_that_composer_wraps(build: Callable[[str], ComposerMode
     wrapped = generate_composer_model_policy(model)._run_policy(model, set(), {})
     assert set(fsdp_units(model)) == set(wrapped)
     assert len(fsdp_units(model)) == len(wrapped) > 2
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_convolution_in_groups_is_counted_by_its_multiplications(groups: int) -> None:
+    """Backward it does twice the forward's: once for its input, once for its weights."""
+    layer = nn.Conv3d(8, 8, 3, padding=1, groups=groups)
+    x = torch.randn(2, 8, 4, 6, 6, requires_grad=True)
+    forward = 2 * (8 // groups * 27) * x.numel()
+    with flop_counter() as counted:
+        layer(x).sum().backward()
+    assert counted.get_total_flops() == 3 * forward
