@@ -14,6 +14,8 @@ from pipelines.truth import COLOURS, DIRECTIONS, SHAPES, STILL, Reading, Seen
 
 SPEED = 0.25  # of moving objects in the benchmark's scenes, stage heights per second: the caption does not say it
 
+WORDS = ("colour", "shape", "direction")  # of an object, as captions say them
+
 _COLOUR = f"(?:{'|'.join(COLOURS)})"
 _SUBJECT = rf"a {_COLOUR} (?:{'|'.join(SHAPES)})(?: moves (?:{'|'.join(DIRECTIONS)})| stays still)?"
 _CAPTION = re.compile(rf"(?P<subjects>{_SUBJECT}(?: and {_SUBJECT})*) on a (?P<background>{_COLOUR}) background")
@@ -65,6 +67,30 @@ def parse(caption: str) -> Truth:
         _, colour, shape, *action = subject.split(" ", 4)
         objects.append(Said(colour, shape, {"moves": action[-1], "stays": STILL}[action[0]] if action else None))
     return Truth(tuple(objects), match["background"])
+
+
+def reworded(caption: str, what: str) -> str | None:
+    """The caption with its first object's colour, shape or direction (one of ``WORDS``) another; None where it says none.
+
+    The next colour that the background has not, the next shape, the opposite direction.
+
+    Raises:
+        UserError: as ``parse``.
+    """
+    truth = parse(caption)
+    said = truth.objects[0]
+    if what == "direction":
+        if said.direction not in DIRECTIONS:
+            return None
+        opposite = DIRECTIONS[(DIRECTIONS.index(said.direction) + len(DIRECTIONS) // 2) % len(DIRECTIONS)]
+        return caption.replace(f"moves {said.direction}", f"moves {opposite}", 1)
+    colour, shape = said.colour, said.shape
+    if what == "colour":
+        others = [name for name in COLOURS if name != truth.background]
+        colour = others[(others.index(colour) + 1) % len(others)]
+    else:
+        shape = SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
+    return caption.replace(f"a {said.colour} {said.shape}", f"a {colour} {shape}", 1)
 
 
 def judge(reading: Reading, truth: Truth, speed: float = SPEED) -> Verdict:

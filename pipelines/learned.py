@@ -31,11 +31,10 @@ from model.generate import Request, draw, generate
 from model.networks.conditioning import Conditioning
 from pipelines.cascade import Cascade, CascadeConfig
 from pipelines.clips import RealClips, captions
-from pipelines.judge import SPEED, parse
+from pipelines.judge import SPEED, WORDS, parse, reworded
 from pipelines.moving_scenes import Clip, Score, distance, score, table
 from pipelines.ranks import default_device
 
-SHOWN = ("colour", "shape", "direction")
 _T = TypeVar("_T")
 
 
@@ -92,6 +91,7 @@ class Denoised:
     noise: float  # sigma * sigma_in, the std of the noise where data lie in [-1, 1]
     error: float  # mean of (D - x)^2
     shuffled: float  # the same with captions of other clips: how much the text says
+    heard: dict[str, float]  # by what share the error grows where one word of the caption is another: what it says of each
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,13 @@ def learned(c: LearnedConfig) -> None:
     levels = denoising(c, alone, asked) if c.noise else []
     if levels:
         tree["denoising"] = [vars(level) for level in levels]
-        print("\nnoise  error of D  with other captions")
-        print("\n".join(f"{level.noise:5g}{level.error:12.5f}{level.shuffled:21.5f}" for level in levels))
+        print(
+            "\nnoise  error of D  with other captions  grows where one word is another"
+            + "".join(f"{w:>12}" for w in levels[0].heard)
+        )
+        for level in levels:
+            grown = "".join(f"{share:12.1%}" for share in level.heard.values())
+            print(f"{level.noise:5g}{level.error:12.5f}{level.shuffled:21.5f}{'':34}{grown}")
     shown = _chosen(asked, c.sheet)
     media.write_contact_sheet(output / "stage1.png", [made[n] for n in shown], [_line(asked[n]) for n in shown])
     if c.high is not None:
@@ -210,9 +215,12 @@ def denoising(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> l
     """Stage 1 on the real clips at each noise level, with the same noise for every model."""
     assert cascade.stage1 is not None
     denoiser = cascade.stage1.denoiser.eval()
-    states, mask = text.pad(cascade.encoder.encode([example.caption for example in asked]), cascade.encoder.max_tokens)
-    errors = torch.zeros(len(c.noise), 2, dtype=torch.float64)
-    with tqdm(total=2 * len(c.noise) * len(asked), desc="denoising", unit="clip") as bar:
+    right = [example.caption for example in asked]
+    told_instead: list[list[str]] = [right, right[len(right) // 2 :] + right[: len(right) // 2]]
+    told_instead += [[reworded(caption, word) or caption for caption in right] for word in WORDS]
+    texts = [text.pad(cascade.encoder.encode(said), cascade.encoder.max_tokens) for said in told_instead]
+    errors = torch.zeros(len(c.noise), len(texts), len(asked), dtype=torch.float64)
+    with tqdm(total=errors.numel(), desc="denoising", unit="clip") as bar:
         for part in _batches(range(len(asked)), c.batch):
             real = torch.stack([from_pixels(torch.from_numpy(asked[n].frames)) for n in part]).to(cascade.device)
             x = denoiser.codec.encode(real)
@@ -220,18 +228,28 @@ def denoising(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> l
                 generators = [torch.Generator().manual_seed(derived_seed(c.seed, asked[n].number, row)) for n in part]
                 eps = draw(generators, x.shape[1:], cascade.device)
                 sigma = torch.full((len(part),), level / denoiser.config.diffusion.sigma_in, device=cascade.device)
-                for column in range(2):
-                    said = [(n + column * (len(asked) // 2)) % len(asked) for n in part]
+                for column, (states, mask) in enumerate(texts):
                     told = Conditioning(
                         c_noise=edm.c_noise(sigma),
-                        text=states[said].to(cascade.device),
-                        text_mask=mask[said].to(cascade.device),
+                        text=states[list(part)].to(cascade.device),
+                        text_mask=mask[list(part)].to(cascade.device),
                         frame_rate=torch.tensor([asked[n].frame_rate for n in part], device=cascade.device),
                         resolution=torch.tensor([c.cascade.resolution] * len(part), dtype=torch.float32, device=cascade.device),
                     )
-                    errors[row, column] += squared_error(denoiser, x, eps, sigma, told).sum().cpu() / len(asked)
+                    errors[row, column, list(part)] = squared_error(denoiser, x, eps, sigma, told).cpu()
                     bar.update(len(part))
-    return [Denoised(level, *pair) for level, pair in zip(c.noise, errors.tolist(), strict=True)]
+    changed = {
+        word: [a != b for a, b in zip(said, right, strict=True)] for word, said in zip(WORDS, told_instead[2:], strict=True)
+    }
+    found = []
+    for level, of_level in zip(c.noise, errors, strict=True):
+        grown = {
+            word: float(of_level[column, changed[word]].mean() / of_level[0, changed[word]].mean() - 1)
+            for column, word in enumerate(WORDS, start=2)
+            if any(changed[word])
+        }
+        found.append(Denoised(level, float(of_level[0].mean()), float(of_level[1].mean()), grown))
+    return found
 
 
 def squared_error(denoiser: Denoiser, x: Tensor, eps: Tensor, sigma: Tensor, told: Conditioning) -> Tensor:
@@ -335,7 +353,7 @@ def _draw(points: Sequence[Guided], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     weights = [point.guidance for point in points]
-    for name in SHOWN:
+    for name in WORDS:
         left.plot(weights, [100 * point.right.get(name, math.nan) for point in points], marker="o", label=name)
     left.set(xlabel="guidance", ylabel="right, %", ylim=(0, 102))
     left.legend()

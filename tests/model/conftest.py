@@ -63,7 +63,7 @@ def tiny() -> FITConfig:
 @pytest.fixture
 def tiny_beyond() -> FITConfig:
     """The same with what the paper's has not."""
-    return replace(TINY, modulation=True, convolution=True, pixel_width=6, head_norm=False)
+    return replace(TINY, modulation=True, text_modulation=True, convolution=True, pixel_width=6, head_norm=False)
 
 
 @pytest.fixture
@@ -194,13 +194,22 @@ def config() -> Callable[..., Any]:
     return make
 
 
+# The demo's run with the paper's FIT, optimiser and self-conditioning.
 RUN = """
 base: {repository}/yamls/demo/stage1.yaml
 name: tiny
 folder: {folder}
 model:
   codec: {{height: 8, width: 16, pad_bottom: 0}}
+  diffusion: {{sigma_in: 4.0, log_sigma_mean: -1.2, log_sigma_std: 1.2}}
+  self_conditioning: 0.9
   network:
+    modulation: false
+    text_modulation: false
+    convolution: false
+    pixel_width: 0
+    head_norm: true
+    position_std: 1.0
     size: [4, 8, 16]
     group: [4, 2, 2]
     patch_width: 32
@@ -214,7 +223,10 @@ model:
     text_width: 4
     dropout: 0.1 # so that a resumed run must also take up the random state
 data: {{videos: {data}/videos, images: {data}/images, frames: 4, max_tokens: 5}}
+optimizer: {{kind: lamb, lr: 1e-2, betas: [0.9, 0.99], weight_decay: 0.01}}
 schedule: {{steps: {steps}, warmup: 3}}
+clip_norm: 0.5
+sharding: {{reshard: true}}
 global_batch: 8
 checkpoints: {{every: {every}}}
 samples: null

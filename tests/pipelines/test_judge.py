@@ -20,7 +20,7 @@ from dataprep.filters import FilterConfig
 from dataprep.geometry import Size
 from dataprep.moving_scenes import MOTIONS
 from dataprep.scenes import PALETTE, SIMPLE_COLOURS, SIMPLE_SHAPES, Background, Figure, Scene, render
-from pipelines.judge import SPEED, Verdict, judge, parse
+from pipelines.judge import SPEED, Verdict, judge, parse, reworded
 from pipelines.truth import COLOURS, DIRECTIONS, SHAPES, STILL, Reading, read
 
 STORED_RATE = 24
@@ -88,6 +88,28 @@ def files() -> list[Read]:
             window = stored[height][begin : begin + reach : stride]
             found.append(Read(item.caption, height, rate, read(window, rate)))
     return found
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("colour", "a white circle moves left on a blue background"),
+        ("shape", "a green square moves left on a blue background"),
+        ("direction", "a green circle moves right on a blue background"),
+    ],
+)
+def test_one_word_of_a_caption_is_another(what: str, expected: str) -> None:
+    """Not the background's colour; what it says else stays."""
+    caption = "a green circle moves left on a blue background"
+    found = reworded(caption, what)
+    assert found == expected
+    assert found is not None and parse(found).background == "blue"
+
+
+def test_no_direction_is_no_other() -> None:
+    assert reworded("a red square stays still on a white background", "direction") is None
+    assert reworded("a red square on a white background", "direction") is None
+    assert reworded("a red square on a white background", "shape") == "a red triangle on a white background"
 
 
 @pytest.mark.parametrize("source", ["raw", "files"])

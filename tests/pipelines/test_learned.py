@@ -61,7 +61,9 @@ def test_the_error_of_denoising_against_its_closed_form(c: LearnedConfig) -> Non
         c_skip = s_i / (s_i * sigma**2 + 1)
         assert row.error == pytest.approx((c_skip / s_i - 1) ** 2 * square + c_skip**2 * sigma**2, rel=0.05)
         assert row.shuffled == row.error  # it says the same to all captions
+        assert row.heard == {"colour": 0, "shape": 0, "direction": 0}
     assert all(row.shuffled != row.error for row in before)
+    assert all(share != 0 for row in before for share in row.heard.values())
 
 
 def test_bicubic_upsampling_is_what_it_is_said_to_be(c: LearnedConfig) -> None:

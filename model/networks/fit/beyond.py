@@ -1,6 +1,6 @@
 """What the paper's FIT has not and small ones learn faster with (docs/learning.md); off by default. Torch and einops alone.
 
-Legend: B batch, T frames, G groups, N patch tokens per group, P patch width, E width of the conditioning.
+Legend: B batch, T frames, G groups, N patch tokens per group, P patch width, L text tokens, E width of the conditioning.
 """
 
 import math
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.networks.fit.config import FITConfig
-from model.networks.layers import init_linear
+from model.networks.layers import Attention, init_linear
 
 
 class Modulation(nn.Module):
-    """Scale and shift by what the scalars say, as in FiLM (Perez et al. 2018) and DiT (Peebles and Xie 2023)."""
+    """Scale and shift by an embedding of scalars and text, as in FiLM (Perez et al. 2018) and DiT (Peebles and Xie 2023)."""
 
     def __init__(self, conditioning_width: int, width: int) -> None:
         super().__init__()
@@ -24,9 +24,9 @@ class Modulation(nn.Module):
     def reset_parameters(self) -> None:
         init_linear(self.scale_shift, gain=0.1)
 
-    def forward(self, x: Tensor, scalars: Tensor) -> Tensor:
-        """``x`` (B n, K, width), n sequences for each sample, and ``scalars`` (B, E) -> as ``x``."""
-        scale, shift = repeat(self.scale_shift(scalars), "b (two c) -> two (b n) 1 c", two=2, n=len(x) // len(scalars))
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``x`` (B n, K, width), n sequences for each sample, and ``embedding`` (B, E) -> as ``x``."""
+        scale, shift = repeat(self.scale_shift(embedding), "b (two c) -> two (b n) 1 c", two=2, n=len(x) // len(embedding))
         return x * (1 + scale) + shift
 
 
@@ -35,6 +35,25 @@ def init_convolution(layer: nn.Conv2d | nn.Conv3d, gain: float = 1.0) -> None:
     nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+class TextPooling(nn.Module):
+    """The text as one vector, for modulation: what a learned query finds in its tokens, as in Imagen (Saharia et al. 2022)."""
+
+    def __init__(self, conditioning_width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(1, conditioning_width))
+        self.attention = Attention(conditioning_width, conditioning_width, conditioning_width)
+        self.output = nn.Linear(conditioning_width, conditioning_width)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.query)
+        init_linear(self.output)
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        """``text`` (B, L, E) and ``mask`` (B, L), True where a token may be read -> (B, E)."""
+        found = self.attention(self.query.expand(len(text), 1, -1), text, mask)
+        return self.output(functional.silu(found[:, 0]))
 
 
 class PatchConvolution(nn.Module):
@@ -59,29 +78,35 @@ class PatchConvolution(nn.Module):
 
 
 class PixelBlock(nn.Module):
-    """Two 3x3 convolutions over the pixels of each frame, modulated in between, beside a 1x1 one.
+    """Two 3x3x3 convolutions over pixels and frames, modulated before and in between, beside a 1x1 one.
 
-    Around a transformer as in U-ViT (Hoogeboom et al. 2023): details need not pass through its stream. There is no norm, which
-    would take contrast away.
+    Around a transformer as in U-ViT (Hoogeboom et al. 2023): details need not pass through its stream, and what moves by less
+    than a patch from frame to frame is seen before patches are cut. There is no norm, which would take contrast away. How much of
+    the input passes depends on sigma: in much noise F is hardly a function of it, in little nearly the identity.
     """
 
     def __init__(self, inputs: int, width: int, outputs: int, conditioning_width: int, gain: float = 1.0) -> None:
         super().__init__()
         self.gain = gain
-        self.input = nn.Conv2d(inputs, width, 3, padding=1)
+        self.input_modulation = Modulation(conditioning_width, inputs)
+        self.input = nn.Conv3d(inputs, width, 3, padding=1)
         self.modulation = Modulation(conditioning_width, width)
-        self.output = nn.Conv2d(width, outputs, 3, padding=1)
-        self.skip = nn.Conv2d(inputs, outputs, 1)
+        self.output = nn.Conv3d(width, outputs, 3, padding=1)
+        self.skip = nn.Conv3d(inputs, outputs, 1)
 
     def reset_parameters(self) -> None:
         init_convolution(self.input)
         init_convolution(self.output, self.gain)
         init_convolution(self.skip, self.gain)
 
-    def forward(self, video: Tensor, scalars: Tensor) -> Tensor:
-        """``video`` (B, T, inputs, H, W) and ``scalars`` (B, E) -> (B, T, outputs, H, W)."""
-        frames = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        hidden = functional.silu(self.input(frames))
-        pixels = self.modulation(rearrange(hidden, "n c h w -> n (h w) c"), scalars)
-        hidden = rearrange(pixels, "n (h w) c -> n c h w", h=video.shape[3])
-        return (self.skip(frames) + self.output(hidden)).unflatten(0, video.shape[:2])
+    def forward(self, video: Tensor, embedding: Tensor) -> Tensor:
+        """``video`` (B, T, inputs, H, W) and ``embedding`` (B, E) -> (B, T, outputs, H, W)."""
+        video = self._modulate(self.input_modulation, video.transpose(1, 2), embedding)
+        hidden = self._modulate(self.modulation, functional.silu(self.input(video)), embedding)
+        return (self.skip(video) + self.output(hidden)).transpose(1, 2)
+
+    @staticmethod
+    def _modulate(modulation: Modulation, video: Tensor, embedding: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> the same, channels last: convolutions are fastest so."""
+        pixels = video.movedim(1, -1)
+        return modulation(pixels.flatten(1, 3), embedding).view_as(pixels).movedim(-1, 1)

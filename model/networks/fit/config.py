@@ -38,6 +38,7 @@ class FITConfig:
     # Beyond the paper, whose patches hear the noise level from the latents alone and meet each other only there: small networks
     # learn several times as fast with these (model/networks/fit/beyond.py, docs/learning.md).
     modulation: bool = False  # the scalars scale and shift the patches
+    text_modulation: bool = False  # the text, pooled, is among what modulates
     convolution: bool = False  # over neighbouring patches, after each write
     pixel_width: int = 0  # channels of convolutions over pixels before the patches and after them; 0: none
     upsampler: bool = False  # reads a low-resolution video, concatenated to its input's channels
@@ -66,6 +67,8 @@ class FITConfig:
                 raise ValueError(f"size: {axis} {size} does not divide into patches of {patch}")
             if (size // patch) % group:
                 raise ValueError(f"group: {axis} {size} has {size // patch} patches, which do not divide into groups of {group}")
+        if self.text_modulation and not (self.modulation or self.pixel_width):
+            raise ValueError("text_modulation needs something to modulate: modulation, or a pixel_width")
         if self.latent_tokens % self.groups:
             raise ValueError(f"latent_tokens {self.latent_tokens} do not divide among {self.groups} groups")
         for name, inner, head in (

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from model.networks.conditioning import Conditioning, ConditioningTokens
 from model.networks.fit import transfer
-from model.networks.fit.beyond import Modulation, PatchConvolution, PixelBlock
+from model.networks.fit.beyond import Modulation, PatchConvolution, PixelBlock, TextPooling
 from model.networks.fit.config import FITConfig
 from model.networks.layers import Attention, FeedForward, init_linear
 from model.networks.network import Block, Network, NetworkOutput, check_inputs
@@ -62,7 +62,7 @@ class FITBlock(Block):
         self.convolution = PatchConvolution(c, patch_gain) if c.convolution else None
 
     def compute(
-        self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, scalars: Tensor, write: bool
+        self, patches: Tensor, latents: Tensor, tokens: Tensor, mask: Tensor, embedding: Tensor, write: bool
     ) -> tuple[Tensor, Tensor]:
         """One block of Figure 3b.
 
@@ -71,7 +71,7 @@ class FITBlock(Block):
             latents: (B, G M, Z).
             tokens: (B, S, E), the conditioning.
             mask: (B, S), True where a token may be read.
-            scalars: (B, E), what modulates the patches.
+            embedding: (B, E), what modulates the patches.
             write: False leaves the patches as they are.
 
         Returns:
@@ -88,7 +88,7 @@ class FITBlock(Block):
         if write:
             grouped = rearrange(latents, "b (g m) z -> (b g) m z", g=self.groups)
             patches = patches + self.write(patches, grouped)
-            modulate = partial(self.modulation, scalars=scalars) if self.modulation else None
+            modulate = partial(self.modulation, embedding=embedding) if self.modulation else None
             patches = patches + self.write_feed_forward(patches, modulate)
             if self.convolution:
                 patches = patches + self.convolution(patches)
@@ -133,6 +133,7 @@ class FIT(Network):
         pixels, width = math.prod(config.patch), config.pixel_width
         inputs = config.channels * (2 if config.upsampler else 1)
         self.conditioning = ConditioningTokens(config.text_width, config.conditioning_width, config.upsampler)
+        self.text_pooling = TextPooling(config.conditioning_width) if config.text_modulation else None
         self.pixel_stem = PixelBlock(inputs, width, width, config.conditioning_width) if width else None
         self.stem = nn.Linear((width or inputs) * pixels, config.patch_width)
         self.position = PatchPosition(config)
@@ -170,26 +171,30 @@ class FIT(Network):
         tokens, mask = self.conditioning(conditioning)
         if conditioning.low_resolution is not None:
             video = torch.cat([video, conditioning.low_resolution.to(video.dtype)], dim=2)
-        scalars = functional.silu(tokens[:, conditioning.text.shape[1] :].sum(dim=1))
+        length = conditioning.text.shape[1]
+        embedding = tokens[:, length:].sum(dim=1)
+        if self.text_pooling:
+            embedding = embedding + self.text_pooling(tokens[:, :length], mask[:, :length])
+        embedding = functional.silu(embedding)
         if self.pixel_stem:
-            video = self.pixel_stem(video, scalars)
+            video = self.pixel_stem(video, embedding)
         patches = self._to_groups(self.stem(self._to_patches(video)) + self.position())
         if self.stem_modulation:
-            patches = self.stem_modulation(patches, scalars)
+            patches = self.stem_modulation(patches, embedding)
 
         previous = self.latents.new_zeros(len(video), *self.latents.shape) if latents is None else latents
         state = self.latents + self.self_conditioning_norm(self.self_conditioning(previous))
         for number, block in enumerate(self.blocks):
             write = not (latents_only and number == c.blocks - 1)
-            patches, state = block(patches, state, tokens, mask, scalars, write)
+            patches, state = block(patches, state, tokens, mask, embedding, write)
         if latents_only:
             return NetworkOutput(None, state)
         patches = self.head_norm(patches)
         if self.head_modulation:
-            patches = self.head_modulation(patches, scalars)
+            patches = self.head_modulation(patches, embedding)
         output = self._to_video(self.head(patches))
         if self.pixel_head:
-            output = self.pixel_head(torch.cat([output, video.to(output.dtype)], dim=2), scalars)
+            output = self.pixel_head(torch.cat([output, video.to(output.dtype)], dim=2), embedding)
         return NetworkOutput(output, state)
 
     def _to_patches(self, video: Tensor) -> Tensor:

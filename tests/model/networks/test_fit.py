@@ -187,19 +187,22 @@ def test_pixels_pass_beside_the_stream_within_their_neighbourhood(tiny, video, c
     changed[0, 2, 1, 3, 5] += 1
     moved = ((network(changed, told).video - network(clip, told).video).abs() > 1e-9).any(dim=2)[0]
     near = torch.zeros(4, 8, 12, dtype=torch.bool)
-    near[2, :8, 1:10] = True  # four convolutions of 3x3
+    near[:, :8, 1:10] = True  # four convolutions of 3x3x3 reach all frames
     assert torch.equal(moved, near)
 
 
-@pytest.mark.parametrize("modulation", [False, True])
-def test_with_modulation_patches_hear_the_scalars_without_latents(tiny, video, conditioning, modulation: bool) -> None:
-    network, clip, told = build(replace(tiny, modulation=modulation)), video(1, tiny), conditioning(1)
+@pytest.mark.parametrize(("modulation", "text_modulation"), [(False, False), (True, False), (True, True)])
+def test_with_modulation_patches_hear_the_scalars_and_the_text_without_latents(
+    tiny, video, conditioning, modulation: bool, text_modulation: bool
+) -> None:
+    config = replace(tiny, modulation=modulation, text_modulation=text_modulation)
+    network, clip, told = build(config), video(1, tiny), conditioning(1)
     with torch.no_grad():
         for block in network.blocks:
             block.write.output.weight.zero_()
     other = replace(told, text=torch.randn_like(told.text), text_mask=torch.ones_like(told.text_mask))
     before = network(clip, told).video
-    assert torch.equal(network(clip, other).video, before)
+    assert torch.equal(network(clip, other).video, before) != text_modulation
     louder = network(clip, replace(told, c_noise=told.c_noise + 1)).video
     assert bool((louder - before).abs().max() > 1e-6) == modulation
 
@@ -260,6 +263,7 @@ def test_the_start_is_tame(tiny, video, conditioning) -> None:
         ({"patch_head_width": 0}, "^patch_head_width must be at least 1, got 0"),
         ({"latent_tokens": 0}, "^latent_tokens must be at least 1, got 0"),
         ({"dropout": 1.0}, "^dropout must be in"),
+        ({"text_modulation": True}, "^text_modulation needs something to modulate"),
     ],
 )
 def test_shapes_that_do_not_divide_are_named(tiny, changes: dict[str, object], message: str) -> None:
