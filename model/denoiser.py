@@ -1,7 +1,7 @@
 """The model that Composer trains: codec + network + loss, and the denoiser D that samplers call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -147,8 +147,10 @@ class Denoiser(ComposerModel):
     ) -> tuple[Tensor, Tensor | None]:
         """D(x_sigma; sigma), the estimate of the data in model space, and what the network carries to the next evaluation.
 
-        Padding is known to be zero, so D says zero there rather than what the untrained output says.
+        Padding is known to be zero, so D says zero there rather than what the untrained output says. The network is told levels
+        that training can have drawn.
         """
+        conditioning = replace(conditioning, c_noise=edm.drawn_c_noise(conditioning.c_noise, self.config.diffusion))
         process = edm.process(self.config.diffusion, conditioning.is_image)
         known = self._known(conditioning, x_sigma)
         x_sigma = process.take_away(x_sigma, known)

@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+MOST_DRAWN = 5.0  # standard deviations of ln sigma; once in 1.7 million draws it is farther out
+
 Scale = float | Tensor  # of all samples, or one for each in a shape that broadcasts against sigma
 
 
@@ -182,6 +184,16 @@ def share_noise(eps: Tensor, is_image: Tensor, config: DiffusionConfig) -> Tenso
 def training_sigma(normal: Tensor, config: DiffusionConfig) -> Tensor:
     """Noise levels for training from unit Gaussian draws: log-normal, of the draws' shape."""
     return (normal * config.log_sigma_std + config.log_sigma_mean).exp()
+
+
+def drawn_c_noise(c_noise: Tensor, config: DiffusionConfig) -> Tensor:
+    """``c_noise`` (B,) within what training can have drawn: beyond ``MOST_DRAWN`` standard deviations, the nearest such level.
+
+    A network's answer to a level that it was never told is anything: where scales multiply each other, millions. At the paper's
+    settings this leaves [0.0008, 121] alone, and with it all that its samplers ask for.
+    """
+    mean, reach = config.log_sigma_mean / 4, MOST_DRAWN * config.log_sigma_std / 4
+    return c_noise.clamp(mean - reach, mean + reach)
 
 
 def expand(scalars: Tensor, like: Tensor) -> Tensor:

@@ -100,6 +100,23 @@ def test_d_is_the_preconditioned_output_and_zero_in_padding(stage, conditioning)
     torch.testing.assert_close(estimate[..., :6, :].double(), expected[..., :6, :], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sigma", "told"),
+    [((0.05, 60.0), (0.05, 60.0)), ((1e-4, 1e4), (math.exp(1 - 5 * 0.9), math.exp(1 + 5 * 0.9)))],
+)
+def test_the_network_is_told_levels_that_training_draws(
+    stage, conditioning, sigma: tuple[float, float], told: tuple[float, float]
+) -> None:
+    """At most five standard deviations of ln sigma away from its mean; its input is scaled by the level itself."""
+    denoiser, network = build(stage(diffusion=DiffusionConfig(log_sigma_mean=1.0, log_sigma_std=0.9)))
+    levels = torch.tensor(sigma)
+    x_sigma = torch.randn(2, 4, 3, 8, 12) * levels[:, None, None, None, None]
+    denoiser.denoise(x_sigma, levels, conditioning(2, c_noise=levels.log() / 4), None)
+    torch.testing.assert_close(network.calls[0]["conditioning"].c_noise.mul(4).exp(), torch.tensor(told))
+    c_in = (1 / 4.0**2 + levels**2).rsqrt()
+    torch.testing.assert_close(network.calls[0]["input"], x_sigma * c_in[:, None, None, None, None])
+
+
 def test_dropped_text_has_no_influence_and_kept_text_has(stage, clips) -> None:
     batch = clips(4)
     other = {**batch, "text": torch.randn(4, 5, 6), "text_mask": torch.ones(4, 5, dtype=torch.bool)}
