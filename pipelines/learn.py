@@ -79,6 +79,7 @@ def _stages(c: LearnConfig, folder: Path) -> list[Stage]:
         Stage("prepare the held-out data", (*prepare, f"inputs=[{inputs}]", f"output={held_out / 'shards'}")),
         Stage("train stage 1", (*trainer(c.processes), TRAINING[0], *c.stage1)),
         Stage("train stage 2", (*trainer(c.processes), TRAINING[1], *c.stage2)),
+        Stage("draw their learning curves", (*MODULE, "pipelines.curves", f"{YAMLS}/curves.yaml")),
         Stage("measure what they have learnt", (*MODULE, "pipelines.learned", f"{YAMLS}/learned.yaml", *c.learned)),
     ]
 
