@@ -70,10 +70,7 @@ class LAMB(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step. Collective: every rank that holds shards must call it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         steps = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -131,6 +128,14 @@ class LAMB(Optimizer):
         for chunk in _chunks(weights) if group["weight_decay"] else []:
             torch._foreach_add_(updates[chunk], _raised(weights[chunk]), alpha=-group["weight_decay"])
         return updates
+
+
+def loss_of(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    """What an optimiser's ``step`` does with its closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _chunks(tensors: list[Tensor]) -> list[slice]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from model.lamb import LAMB, LAMBConfig, check_rates, local_shard
+from model.lamb import LAMB, LAMBConfig, check_rates, local_shard, loss_of
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,7 @@ class ShardedAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:

@@ -122,7 +122,7 @@ def test_the_first_gpu_holds_the_first_chunk(shape: tuple[int, ...], gpus: int) 
 def test_an_update_needs_no_copy_of_the_weights(optimizer: str) -> None:
     """LAMB's updates take the gradients' place; AdamW's kernel makes none."""
     m = count(DEMO, f"optimizer={{kind: {optimizer}}}", gpus=1).memory
-    assert m.moments == pytest.approx(2 * m.weights, rel=2e-4)  # Adam counts its steps beside
+    assert m.moments == pytest.approx(2 * m.weights, rel=1e-4)  # Adam counts its steps beside
     assert 0 <= m.optimizer < 0.05 * m.weights
 
 
