@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import checkpoint, config, provenance
@@ -33,7 +33,7 @@ from model.data.batch import Batch, Sample
 from model.data.samples import derived_seed
 from model.denoiser import Denoiser
 from model.diffusion import edm
-from model.networks.conditioning import Conditioning
+from model.networks.conditioning import Conditioning, measure_text
 from model.train import TrainConfig
 from pipelines.clips import RealClips
 from pipelines.learned import squared_error
@@ -77,6 +77,11 @@ class Data:
         clips = RealClips(str(folder), self.frames, rates, seed)
         return [clips.read(number) for number in tqdm(range(len(clips)), folder.name, unit="clip", leave=False, disable=None)]
 
+    def text_states(self) -> Tensor:
+        """(N, D) the states of the tokens of some captions."""
+        some = [*self.videos[::WINDOWS], *self.images]
+        return torch.cat([sample.text for sample in some]).float()
+
     def batch(self, samples: list[Sample]) -> Batch:
         return batches.unpack(batches.collate(samples, self.max_tokens), self.frames)
 
@@ -108,8 +113,10 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
     """Train for so long, the time of measuring left out. Returns the averaged model, too."""
     torch.manual_seed(c.seed)
     denoiser, average = Denoiser(c.model), Denoiser(c.model)
+    measure_text(denoiser.network, data.text_states)
     average.load_state_dict(denoiser.state_dict())
-    optimizer = torch.optim.AdamW(denoiser.parameters(), rate, (0.9, 0.99), weight_decay=0.01, fused=True)
+    trained, averaged = ([p for p in model.parameters() if p.requires_grad] for model in (denoiser, average))
+    optimizer = torch.optim.AdamW(trained, rate, (0.9, 0.99), weight_decay=0.01, fused=True)
     videos, images = data.batch(data.held_out), data.batch(data.images[:HELD_OUT])
     rng, points, steps, spent = np.random.default_rng(c.seed), list[Point](), 0, 0.0
     with tqdm(total=round(seconds), unit="s", leave=False, disable=None) as bar:
@@ -122,12 +129,12 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
             drawn["seed"] = [derived_seed(c.seed, steps, n) for n in range(size)]
             denoiser.train()
             denoiser(drawn).loss.mean().backward()
-            nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             keep = min(0.5 ** (1 / HALF_LIFE), (steps + 1) / (steps + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()), 1 - keep)
+                torch._foreach_lerp_(averaged, trained, 1 - keep)
             steps, spent = steps + 1, spent + time.process_time() - begin
             bar.update(min(round(spent), round(seconds)) - bar.n)
             if spent >= min(seconds, (len(points) + 1) * every):

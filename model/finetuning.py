@@ -78,7 +78,7 @@ def prepare(denoiser: Denoiser, config: FinetuneConfig, new: Collection[str] = (
         adapters.inject(denoiser, layers, config.lora)
         return Share.of(denoiser.parameters())
     for name, p in own.items():
-        p.requires_grad_(name in chosen)
+        p.requires_grad_(p.requires_grad and name in chosen)  # what never trains (TextStandard) does not here either
     return Share.of(denoiser.parameters())
 
 

@@ -57,6 +57,7 @@ from model.evaluation import Evaluation, EvaluationConfig, noise_bands  # noqa: 
 from model.faults import FaultsConfig, StepGuard  # noqa: E402
 from model.finetuning import FinetuneConfig  # noqa: E402
 from model.lamb import LAMBConfig  # noqa: E402
+from model.networks.conditioning import measure_text  # noqa: E402
 from model.optimizers import OptimizerConfig  # noqa: E402
 from model.preemption import Preempted, Preemption  # noqa: E402
 from model.registry import PublishConfig, TrackingConfig  # noqa: E402
@@ -143,6 +144,9 @@ def train(c: TrainConfig) -> None:
     loader = dataset.build_loader(c.data, c.global_batch, c.evaluation.held_out if c.evaluation else None)
     denoiser = Denoiser(c.model, sharding.build_device())
     new: list[str] = []
+    if found.newest is None and dist.get_global_rank() == 0:
+        assert isinstance(loader.dataloader, dataset.JointLoader)
+        measure_text(denoiser.network, loader.dataloader.joint.text_states)
     if c.initialise_from and found.newest is None and dist.get_global_rank() == 0:
         transfer = checkpoint.initialise_from(denoiser, registry.fetch(c.initialise_from, c.tracking.uri))
         print(f"from {c.initialise_from}: {transfer}")

@@ -3,9 +3,9 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from model.data.rows import StoredFrames
 from model.data.schema import Manifest
 from model.data.shards import ShardStream, Source
 from model.data.transfer import one_line
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def decode_sample(row: dict[str, Any], manifest: Manifest, view: View, seed: int
     Raises:
         ValueError, RuntimeError: the row is not what the manifest says. Sizes are checked before anything is allocated for them.
     """
-    data, ends, bits = row["frames"], row["frame_ends"].astype(np.int64), row["text"]
+    data, ends = row["frames"], row["frame_ends"].astype(np.int64)
     if ends.ndim != 1 or not 1 <= len(ends) <= manifest.max_frames:
         raise ValueError(f"frame_ends has the shape {ends.shape}, but a sample holds 1 to {manifest.max_frames} frames")
     sizes = np.diff(ends, prepend=0)
@@ -160,8 +162,7 @@ def decode_sample(row: dict[str, Any], manifest: Manifest, view: View, seed: int
         raise ValueError("the frames' offsets do not fit their data")
     if manifest.frame_format == "raw" and set(sizes.tolist()) != {manifest.height * manifest.width * CHANNELS}:
         raise ValueError(f"raw frames are not of {manifest.height} x {manifest.width} pixels")
-    if bits.ndim != 2 or not 1 <= len(bits) <= view.max_tokens or bits.shape[1] != view.text_width:
-        raise ValueError(f"text states have the shape {bits.shape}, not (1 to {view.max_tokens}, {view.text_width})")
+    states = decode_text(row["text"], view)
     if manifest.kind == "images":
         window = Window(math.inf, range(1))
     else:
@@ -169,7 +170,7 @@ def decode_sample(row: dict[str, Any], manifest: Manifest, view: View, seed: int
         window = draw_window(len(ends), strides, view.frames, np.random.default_rng(seed))
     return Sample(
         frames=decode_frames(data, ends, window, manifest),
-        text=text.unpack(bits),
+        text=states,
         frame_rate=window.frame_rate,
         resolution=(row["source_height"], row["source_width"]),
         is_image=manifest.kind == "images",
@@ -177,6 +178,17 @@ def decode_sample(row: dict[str, Any], manifest: Manifest, view: View, seed: int
         key=row["key"],
         caption=row["caption"],
     )
+
+
+def decode_text(bits: np.ndarray, view: View) -> Tensor:
+    """The column ``text`` -> (L, D) bfloat16.
+
+    Raises:
+        ValueError: it is not of the shape that the view says.
+    """
+    if bits.ndim != 2 or not 1 <= len(bits) <= view.max_tokens or bits.shape[1] != view.text_width:
+        raise ValueError(f"text states have the shape {bits.shape}, not (1 to {view.max_tokens}, {view.text_width})")
+    return text.unpack(bits)
 
 
 class ClipDataset(StreamingDataset):
@@ -288,11 +300,22 @@ class ClipDataset(StreamingDataset):
         sample_id = held_out_ids(self.source.manifest.num_samples, self.held_out)[index]
         return self._read(sample_id, derived_seed(self.view.seed, sample_id))
 
+    def text_states(self, sample_id: int) -> Tensor:
+        """(L, D) the states of one sample's caption; nothing else of it is decoded.
+
+        Raises:
+            UserError: as ``get_item``.
+        """
+        return self._decoded(sample_id, lambda row: decode_text(row["text"], self.view))
+
     def _read(self, sample_id: int, seed: int, retry: int = 7) -> Sample:
+        return self._decoded(sample_id, lambda row: decode_sample(row, self.source.manifest, self.view, seed), retry)
+
+    def _decoded(self, sample_id: int, decode: Callable[[dict[str, Any]], T], retry: int = 7) -> T:
         shard_id, index = self.spanner[sample_id]
         path = self.source.folder / self.source.shards[shard_id].name
         try:
-            return decode_sample(super().get_item(sample_id, retry), self.source.manifest, self.view, seed)
+            return decode(super().get_item(sample_id, retry))
         except UserError:
             raise
         except Exception as error:  # whatever a damaged shard makes the MDS reader, numpy or libjpeg raise

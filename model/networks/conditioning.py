@@ -1,5 +1,6 @@
 """What a network is told besides its noisy input, and how that becomes tokens (paper section 3.4). Imports torch alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,49 @@ class Conditioning:
         return replace(self, text_mask=keep)
 
 
+class TextStandard(nn.Module):
+    """Text states -> each channel with its mean taken away, and divided by its spread, over the tokens of captions.
+
+    Not in the paper. What all captions have in common is most of a T5 state and says nothing, but it is what a linear layer behind
+    it learns from first: without, captions are heard much later (docs/learning.md). Mean and spread are measured once, before
+    the first step, and do not train; they are parameters, so that they go wherever the weights go.
+    """
+
+    LEAST = 1e-3  # of a spread: a channel that never changes is not blown up
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.spread = nn.Parameter(torch.empty(width), requires_grad=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.mean)
+        nn.init.ones_(self.spread)
+
+    @torch.no_grad()
+    def measure(self, states: Tensor) -> None:
+        """Take mean and spread from ``states`` (N, D) of N tokens.
+
+        Raises:
+            ValueError: fewer than two tokens, or states of another width.
+        """
+        if states.ndim != 2 or len(states) < 2 or states.shape[1] != len(self.mean):
+            raise ValueError(f"states must be (N, {len(self.mean)}) with N of at least 2, got {tuple(states.shape)}")
+        self.mean.copy_(states.double().mean(dim=0))
+        self.spread.copy_(states.double().std(dim=0).clamp_min(self.LEAST))
+
+    def forward(self, text: Tensor) -> Tensor:
+        """(..., D) -> the same."""
+        return (text - self.mean) / self.spread
+
+
+def measure_text(network: nn.Module, states: Callable[[], Tensor]) -> None:
+    """Have the ``TextStandard`` of a network, if it has one, measure ``states()``, which are (N, D)."""
+    for module in network.modules():
+        if isinstance(module, TextStandard):
+            module.measure(states())
+
+
 class ConditioningTokens(nn.Module):
     """Conditioning -> tokens and their mask: text, sigma, frame rate, original height and width, for an upsampler corruption.
 
@@ -38,10 +82,12 @@ class ConditioningTokens(nn.Module):
         text_width: D, the width of the text states.
         width: channels of the tokens.
         corruption: whether the network is an upsampler, told its input's corruption level (one token more).
+        standardised: whether the text states are standardised first.
     """
 
-    def __init__(self, text_width: int, width: int, corruption: bool) -> None:
+    def __init__(self, text_width: int, width: int, corruption: bool, standardised: bool = False) -> None:
         super().__init__()
+        self.standard = TextStandard(text_width) if standardised else None
         self.text = nn.Linear(text_width, width)
         self.null_text = nn.Parameter(torch.empty(width))
         self.sigma = ScalarEmbedding(width)
@@ -63,7 +109,8 @@ class ConditioningTokens(nn.Module):
             ValueError: an upsampler that is not told its corruption level.
         """
         c = conditioning
-        text = self.text(c.text.to(self.text.weight.dtype))
+        text = c.text.to(self.text.weight.dtype)
+        text = self.text(self.standard(text) if self.standard else text)
         dropped = ~c.text_mask.any(dim=1)  # (B,): their first text token becomes the null
         first = torch.where(dropped[:, None], self.null_text.to(text.dtype), text[:, 0])
         text = torch.cat([first[:, None], text[:, 1:]], dim=1)

@@ -63,7 +63,8 @@ def tiny() -> FITConfig:
 @pytest.fixture
 def tiny_beyond() -> FITConfig:
     """The same with what the paper's has not."""
-    return replace(TINY, modulation=True, text_modulation=True, convolution=True, pixel_width=6, head_norm=False)
+    beyond = {"modulation": True, "text_modulation": True, "text_standardised": True, "convolution": True}
+    return replace(TINY, **beyond, pixel_width=6, head_norm=False)
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def config() -> Callable[..., Any]:
     return make
 
 
-# The demo's run with the paper's FIT, optimiser and self-conditioning.
+# The demo's run with the paper's FIT, optimiser and self-conditioning; its text stays standardised.
 RUN = """
 base: {repository}/yamls/demo/stage1.yaml
 name: tiny

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from model import checkpoint, registry
+from model.data import dataset
 from model.networks.unet.network import UNet
 
 Runs = Callable[..., Any]
@@ -36,6 +37,14 @@ def test_a_run_trains_tracks_and_publishes(uninterrupted: Any) -> None:
     assert published.origin.step == uninterrupted.steps and set(published.manifests) == {"videos", "images"}
     for name, tensor in uninterrupted.weights().items():
         torch.testing.assert_close(dict(published.denoiser.named_parameters())[name].data, tensor, rtol=0, atol=0)
+
+
+def test_a_run_standardises_its_text_by_what_its_data_hold(uninterrupted: Any, config: Callable[..., Any]) -> None:
+    data = config(videos=uninterrupted.data / "videos", images=uninterrupted.data / "images", height=8, width=16)
+    states = dataset.build_loader(data, 2).dataloader.joint.text_states()
+    weights = uninterrupted.weights()
+    torch.testing.assert_close(weights["network.conditioning.standard.mean"], states.mean(0))
+    torch.testing.assert_close(weights["network.conditioning.standard.spread"], states.std(0))
 
 
 def test_a_run_that_is_done_publishes_once_and_ends_well(uninterrupted: Any) -> None:

@@ -1,6 +1,6 @@
 """What the paper's FIT has not and small ones learn faster with (docs/learning.md); off by default. Torch and einops alone.
 
-Legend: B batch, T frames, G groups, N patch tokens per group, P patch width, L text tokens, E width of the conditioning.
+Legend: B batch, T frames, G groups, N patch tokens per group, P patch width, L text tokens, E width of the conditioning, M of what modulates.
 """
 
 import math
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.networks.fit.config import FITConfig
-from model.networks.layers import Attention, init_linear
+from model.networks.layers import init_linear
 
 
 class Modulation(nn.Module):
     """Scale and shift by an embedding of scalars and text, as in FiLM (Perez et al. 2018) and DiT (Peebles and Xie 2023)."""
 
-    def __init__(self, conditioning_width: int, width: int) -> None:
+    def __init__(self, embedding_width: int, width: int) -> None:
         super().__init__()
-        self.scale_shift = nn.Linear(conditioning_width, 2 * width)
+        self.scale_shift = nn.Linear(embedding_width, 2 * width)
 
     def reset_parameters(self) -> None:
-        init_linear(self.scale_shift, gain=0.1)
+        init_linear(self.scale_shift, gain=0.3)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """``x`` (B n, K, width), n sequences for each sample, and ``embedding`` (B, E) -> as ``x``."""
+        """``x`` (B n, K, width), n sequences for each sample, and ``embedding`` (B, M) -> as ``x``."""
         scale, shift = repeat(self.scale_shift(embedding), "b (two c) -> two (b n) 1 c", two=2, n=len(x) // len(embedding))
         return x * (1 + scale) + shift
 
@@ -38,22 +38,23 @@ def init_convolution(layer: nn.Conv2d | nn.Conv3d, gain: float = 1.0) -> None:
 
 
 class TextPooling(nn.Module):
-    """The text as one vector, for modulation: what a learned query finds in its tokens, as in Imagen (Saharia et al. 2022)."""
+    """The text as one vector, for modulation: a perceptron over the mean of its tokens, much as in Imagen (Saharia et al. 2022)."""
 
     def __init__(self, conditioning_width: int) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.empty(1, conditioning_width))
-        self.attention = Attention(conditioning_width, conditioning_width, conditioning_width)
+        self.hidden = nn.Linear(conditioning_width, conditioning_width)
         self.output = nn.Linear(conditioning_width, conditioning_width)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.query)
+        init_linear(self.hidden)
         init_linear(self.output)
 
     def forward(self, text: Tensor, mask: Tensor) -> Tensor:
-        """``text`` (B, L, E) and ``mask`` (B, L), True where a token may be read -> (B, E)."""
-        found = self.attention(self.query.expand(len(text), 1, -1), text, mask)
-        return self.output(functional.silu(found[:, 0]))
+        """``text`` (B, L, E) and ``mask`` (B, L), True where a token may be read, at one place at least -> (B, E)."""
+        shown = mask[..., None].to(text.dtype)
+        # By the root of their number: a mean of L tokens, as different as words are, has a variance of 1 / L.
+        pooled = (text * shown).sum(dim=1) / shown.sum(dim=1).sqrt()
+        return functional.silu(self.output(functional.silu(self.hidden(pooled))))
 
 
 class PatchConvolution(nn.Module):
@@ -85,12 +86,12 @@ class PixelBlock(nn.Module):
     the input passes depends on sigma: in much noise F is hardly a function of it, in little nearly the identity.
     """
 
-    def __init__(self, inputs: int, width: int, outputs: int, conditioning_width: int, gain: float = 1.0) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, embedding_width: int, gain: float = 1.0) -> None:
         super().__init__()
         self.gain = gain
-        self.input_modulation = Modulation(conditioning_width, inputs)
+        self.input_modulation = Modulation(embedding_width, inputs)
         self.input = nn.Conv3d(inputs, width, 3, padding=1)
-        self.modulation = Modulation(conditioning_width, width)
+        self.modulation = Modulation(embedding_width, width)
         self.output = nn.Conv3d(width, outputs, 3, padding=1)
         self.skip = nn.Conv3d(inputs, outputs, 1)
 
@@ -100,7 +101,7 @@ class PixelBlock(nn.Module):
         init_convolution(self.skip, self.gain)
 
     def forward(self, video: Tensor, embedding: Tensor) -> Tensor:
-        """``video`` (B, T, inputs, H, W) and ``embedding`` (B, E) -> (B, T, outputs, H, W)."""
+        """``video`` (B, T, inputs, H, W) and ``embedding`` (B, M) -> (B, T, outputs, H, W)."""
         video = self._modulate(self.input_modulation, video.transpose(1, 2), embedding)
         hidden = self._modulate(self.modulation, functional.silu(self.input(video)), embedding)
         return (self.skip(video) + self.output(hidden)).transpose(1, 2)

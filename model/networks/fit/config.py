@@ -39,6 +39,7 @@ class FITConfig:
     # learn several times as fast with these (model/networks/fit/beyond.py, docs/learning.md).
     modulation: bool = False  # the scalars scale and shift the patches
     text_modulation: bool = False  # the text, pooled, is among what modulates
+    text_standardised: bool = False  # text states enter with their mean taken away and divided by their spread
     convolution: bool = False  # over neighbouring patches, after each write
     pixel_width: int = 0  # channels of convolutions over pixels before the patches and after them; 0: none
     upsampler: bool = False  # reads a low-resolution video, concatenated to its input's channels
@@ -78,6 +79,11 @@ class FITConfig:
         ):
             if inner % head:
                 raise ValueError(f"{name} {head} does not divide the attention's inner width {inner}")
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of what modulates: the scalars, and the text beside them."""
+        return self.conditioning_width * (2 if self.text_modulation else 1)
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -58,7 +58,7 @@ class FITBlock(Block):
         self.layers = nn.ModuleList(GlobalLayer(c, latent_gain) for _ in range(c.global_layers))
         self.write = Attention(c.patch_width, c.latent_width, c.patch_head_width, patch_gain)
         self.write_feed_forward = FeedForward(c.patch_width, output_gain=patch_gain)
-        self.modulation = Modulation(c.conditioning_width, c.patch_width) if c.modulation else None
+        self.modulation = Modulation(c.embedding_width, c.patch_width) if c.modulation else None
         self.convolution = PatchConvolution(c, patch_gain) if c.convolution else None
 
     def compute(
@@ -71,7 +71,7 @@ class FITBlock(Block):
             latents: (B, G M, Z).
             tokens: (B, S, E), the conditioning.
             mask: (B, S), True where a token may be read.
-            embedding: (B, E), what modulates the patches.
+            embedding: (B, M), what modulates the patches.
             write: False leaves the patches as they are.
 
         Returns:
@@ -132,20 +132,24 @@ class FIT(Network):
         self.config = config
         pixels, width = math.prod(config.patch), config.pixel_width
         inputs = config.channels * (2 if config.upsampler else 1)
-        self.conditioning = ConditioningTokens(config.text_width, config.conditioning_width, config.upsampler)
+        self.conditioning = ConditioningTokens(
+            config.text_width, config.conditioning_width, config.upsampler, config.text_standardised
+        )
+        # Without it no bound holds on what scales, multiplied with each other, make of a noise level that training never drew.
+        self.embedding_norm = nn.RMSNorm(config.conditioning_width) if config.modulation or width else nn.Identity()
         self.text_pooling = TextPooling(config.conditioning_width) if config.text_modulation else None
-        self.pixel_stem = PixelBlock(inputs, width, width, config.conditioning_width) if width else None
+        self.pixel_stem = PixelBlock(inputs, width, width, config.embedding_width) if width else None
         self.stem = nn.Linear((width or inputs) * pixels, config.patch_width)
         self.position = PatchPosition(config)
         self.latents = nn.Parameter(torch.empty(config.latent_tokens, config.latent_width))
         self.self_conditioning = FeedForward(config.latent_width)
         self.self_conditioning_norm = nn.LayerNorm(config.latent_width)
         self.blocks = nn.ModuleList(FITBlock(config) for _ in range(config.blocks))
-        self.stem_modulation = Modulation(config.conditioning_width, config.patch_width) if config.modulation else None
+        self.stem_modulation = Modulation(config.embedding_width, config.patch_width) if config.modulation else None
         self.head_norm = nn.LayerNorm(config.patch_width) if config.head_norm else nn.Identity()
-        self.head_modulation = Modulation(config.conditioning_width, config.patch_width) if config.modulation else None
+        self.head_modulation = Modulation(config.embedding_width, config.patch_width) if config.modulation else None
         self.head = nn.Linear(config.patch_width, (width or config.channels) * pixels)
-        self.pixel_head = PixelBlock(2 * width, width, config.channels, config.conditioning_width, 0.2) if width else None
+        self.pixel_head = PixelBlock(2 * width, width, config.channels, config.embedding_width, 0.2) if width else None
 
     def reset_parameters(self) -> None:
         init_linear(self.stem)
@@ -172,10 +176,9 @@ class FIT(Network):
         if conditioning.low_resolution is not None:
             video = torch.cat([video, conditioning.low_resolution.to(video.dtype)], dim=2)
         length = conditioning.text.shape[1]
-        embedding = tokens[:, length:].sum(dim=1)
+        embedding = functional.silu(self.embedding_norm(tokens[:, length:].sum(dim=1)))
         if self.text_pooling:
-            embedding = embedding + self.text_pooling(tokens[:, :length], mask[:, :length])
-        embedding = functional.silu(embedding)
+            embedding = torch.cat([embedding, self.text_pooling(tokens[:, :length], mask[:, :length])], dim=1)
         if self.pixel_stem:
             video = self.pixel_stem(video, embedding)
         patches = self._to_groups(self.stem(self._to_patches(video)) + self.position())

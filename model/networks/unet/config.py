@@ -25,6 +25,7 @@ class UNetConfig:
     head_width: int = 64
     conditioning_width: int = 768
     text_width: int = 1024
+    text_standardised: bool = False  # as FIT's: text states enter with their mean taken away and divided by their spread
     dropout: float = 0.1  # in residual blocks
     upsampler: Literal[False] = False  # the paper's U-Nets are of stage 1 alone
     checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass

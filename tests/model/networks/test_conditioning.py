@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.networks.conditioning import Conditioning, ConditioningTokens
+from model.networks.conditioning import Conditioning, ConditioningTokens, TextStandard, measure_text
 from model.networks.layers import reset_parameters
 
 TEXT, RATE = slice(0, 5), 6  # where the five text tokens and the frame rate's stand; sigma is 5, height 7, width 8
@@ -48,6 +48,39 @@ def test_tokens_and_their_mask(layer, conditioning) -> None:
 def test_each_scalar_moves_its_own_token(layer, conditioning, change: dict[str, Tensor], token: int) -> None:
     moved = (layer(conditioning(4))[0] - layer(conditioning(4, **change))[0]).abs().amax(2) > 1e-3
     assert moved.nonzero().tolist() == [[row, token] for row in range(4)]
+
+
+def test_a_standard_takes_away_what_all_states_share() -> None:
+    standard = TextStandard(3)
+    reset_parameters(standard)
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(500, 3, generator=generator) * torch.tensor([0.1, 7.0, 0.0]) + torch.tensor([5.0, -3.0, 2.0])
+    assert torch.equal(standard(states), states)
+    standard.measure(states)
+    out = standard(states)
+    torch.testing.assert_close(out.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.std(0), torch.tensor([1.0, 1.0, 0.0]))
+    assert not any(p.requires_grad for p in standard.parameters())
+    for wrong in (torch.randn(1, 3), torch.randn(9, 4), torch.randn(2, 5, 3)):
+        with pytest.raises(ValueError, match=r"states must be \(N, 3\) with N of at least 2"):
+            standard.measure(wrong)
+
+
+def test_behind_a_standard_it_does_not_matter_how_an_encoder_scales_its_states(conditioning) -> None:
+    given = conditioning(4)
+    outputs = []
+    for scale, shift in ((1.0, 0.0), (30.0, 200.0)):
+        torch.manual_seed(0)
+        layer = ConditioningTokens(6, 16, corruption=False, standardised=True)
+        reset_parameters(layer)
+        text = given.text * scale + shift
+        measure_text(layer, lambda text=text: text[given.text_mask])
+        outputs.append(readable(layer, replace(given, text=text)))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
+
+
+def test_nobody_reads_captions_for_a_network_without_a_standard(layer) -> None:
+    measure_text(layer, lambda: pytest.fail("asked for the states"))
 
 
 def test_an_image_has_its_own_value(layer, conditioning) -> None:

@@ -46,7 +46,7 @@ def moved(after: Tensor, before: Tensor) -> Tensor:
 
 
 def assert_same(found: NetworkOutput, expected: NetworkOutput) -> None:
-    torch.testing.assert_close(found.video, expected.video, rtol=0, atol=1e-11)
+    torch.testing.assert_close(found.video, expected.video, rtol=1e-13, atol=1e-11)  # videos of loud networks reach 10^4
     if expected.latents is not None:
         torch.testing.assert_close(found.latents, expected.latents, rtol=0, atol=1e-11)
 
