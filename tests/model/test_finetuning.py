@@ -44,6 +44,13 @@ def test_what_matches_trains(denoiser: Denoiser) -> None:
     assert str(Share(1500, 60_000)) == "trains 1,500 of 60,000 parameters (2.50%)"
 
 
+def test_what_was_measured_never_trains(stage, tiny) -> None:
+    denoiser = Denoiser(stage(network=replace(tiny, text_standardised=True)))
+    standard = {"conditioning.standard.mean", "conditioning.standard.spread"}
+    finetuning.prepare(denoiser, FinetuneConfig())
+    assert set(dict(denoiser.network.named_parameters())) - trained(denoiser) == standard
+
+
 @pytest.mark.parametrize(
     ("part", "told"),
     [

@@ -20,7 +20,10 @@ def loud() -> Callable[[nn.Module], nn.Module]:
     def prepare(module: nn.Module) -> nn.Module:
         torch.manual_seed(0)
         for p in module.parameters():
-            nn.init.normal_(p, std=0.5 if p.ndim == 1 else 1 / math.sqrt(p[0].numel()))
+            if p.requires_grad:
+                nn.init.normal_(p, std=0.5 if p.ndim == 1 else 1 / math.sqrt(p[0].numel()))
+            else:
+                nn.init.uniform_(p, 0.5, 1.5)  # means and spreads
         return module.double()
 
     return prepare
