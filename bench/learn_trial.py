@@ -115,7 +115,8 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
     denoiser, average = Denoiser(c.model), Denoiser(c.model)
     measure_text(denoiser.network, data.text_states)
     average.load_state_dict(denoiser.state_dict())
-    trained, averaged = ([p for p in model.parameters() if p.requires_grad] for model in (denoiser, average))
+    trained = list[Tensor](p for p in denoiser.parameters() if p.requires_grad)
+    averaged = list[Tensor](p for p in average.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(trained, rate, (0.9, 0.99), weight_decay=0.01, fused=True)
     videos, images = data.batch(data.held_out), data.batch(data.images[:HELD_OUT])
     rng, points, steps, spent = np.random.default_rng(c.seed), list[Point](), 0, 0.0

@@ -35,9 +35,9 @@ class Conditioning:
 class TextStandard(nn.Module):
     """Text states -> each channel with its mean taken away, and divided by its spread, over the tokens of captions.
 
-    Not in the paper. What all captions have in common is most of a T5 state and says nothing, but it is what a linear layer behind
-    it learns from first: without, captions are heard much later (docs/learning.md). Mean and spread are measured once, before
-    the first step, and do not train; they are parameters, so that they go wherever the weights go.
+    Not in the paper. What all captions have in common is most of a state and says nothing, but a layer behind it learns that
+    first: without a standard, captions are heard much later (docs/learning.md). Mean and spread are measured once, before the
+    first step, and do not train; they are parameters, so that they go wherever the weights go.
     """
 
     LEAST = 1e-3  # of a spread: a channel that never changes is not blown up

@@ -1,11 +1,11 @@
 """What the paper's FIT has not and small ones learn faster with (docs/learning.md); off by default. Torch and einops alone.
 
-Legend: B batch, T frames, G groups, N patch tokens per group, P patch width, L text tokens, E width of the conditioning, M of what modulates.
+Legend: B batch, T frames, G groups, N patch tokens per group, P patch width, L text tokens, E width of the conditioning,
+M of what modulates.
 """
 
 import math
 
-import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,7 +38,7 @@ def init_convolution(layer: nn.Conv2d | nn.Conv3d, gain: float = 1.0) -> None:
 
 
 class TextPooling(nn.Module):
-    """The text as one vector, for modulation: a perceptron over the mean of its tokens, much as in Imagen (Saharia et al. 2022)."""
+    """The text as one vector, for modulation: a perceptron over its tokens' mean, much as in Imagen (Saharia et al. 2022)."""
 
     def __init__(self, conditioning_width: int) -> None:
         super().__init__()

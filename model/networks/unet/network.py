@@ -192,7 +192,9 @@ class UNet(Network):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.conditioning = ConditioningTokens(c.text_width, c.conditioning_width, corruption=False, standardised=c.text_standardised)
+        self.conditioning = ConditioningTokens(
+            c.text_width, c.conditioning_width, corruption=False, standardised=c.text_standardised
+        )
         self.stem = nn.Conv2d(c.channels, c.base_width, 3, padding=1)
         levels = [(width, factor in c.attention_factors) for width, factor in zip(c.widths, c.factors, strict=True)]
 
