@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import hashlib  # noqa: E402
 import warnings  # noqa: E402
 from dataclasses import dataclass, field, replace  # noqa: E402
+from functools import partial  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
 import torch  # noqa: E402
@@ -50,6 +51,7 @@ from model import (  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
 from model.data import dataset  # noqa: E402
 from model.data.dataset import DataConfig  # noqa: E402
+from model.data.samples import text_states  # noqa: E402
 from model.data.schema import Manifest  # noqa: E402
 from model.denoiser import Denoiser, ModelConfig  # noqa: E402
 from model.ema import EMA, EMAConfig  # noqa: E402
@@ -146,7 +148,7 @@ def train(c: TrainConfig) -> None:
     new: list[str] = []
     if found.newest is None and dist.get_global_rank() == 0:
         assert isinstance(loader.dataloader, dataset.JointLoader)
-        measure_text(denoiser.network, loader.dataloader.joint.text_states)
+        measure_text(denoiser.network, partial(text_states, loader.dataloader.joint.parts.values()))
     if c.initialise_from and found.newest is None and dist.get_global_rank() == 0:
         transfer = checkpoint.initialise_from(denoiser, registry.fetch(c.initialise_from, c.tracking.uri))
         print(f"from {c.initialise_from}: {transfer}")

@@ -18,7 +18,6 @@ from composer.core import DataSpec
 from composer.utils import dist
 from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from model.config import UserError
@@ -142,8 +141,6 @@ class JointDataset(IterableDataset[Sample]):
     Composer calls ``state_dict`` and ``load_state_dict`` for checkpoints.
     """
 
-    RUNS, RUN_LENGTH = 8, 32  # of captions, for ``text_states``
-
     def __init__(
         self, sources: dict[Kind, Source], config: DataConfig, mix: Mixture, held_out: Mapping[Kind, int] | None = None
     ) -> None:
@@ -218,19 +215,6 @@ class JointDataset(IterableDataset[Sample]):
         for kind, iterator in iterators.items():
             if next(iterator, None) is not None:
                 raise UserError(f"{self.parts[kind].source.location}: its epoch did not end after {self.batches} batches")
-
-    def text_states(self) -> Tensor:
-        """(N, D) the states of all tokens of ``RUNS`` times ``RUN_LENGTH`` captions of each kind.
-
-        Runs of neighbours, evenly spaced over the dataset: of a large remote one few shards are fetched for them.
-        """
-        states = []
-        for part in self.parts.values():
-            count = part.source.manifest.num_samples
-            starts = torch.linspace(0, max(0, count - self.RUN_LENGTH), self.RUNS).round().int().tolist()
-            numbers = sorted({start + place for start in starts for place in range(self.RUN_LENGTH) if start + place < count})
-            states += [part.text_states(number) for number in numbers]
-        return torch.cat(states).float()
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """The position in the order, for a checkpoint.

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ from model.data.shards import ShardStream, Source
 from model.data.transfer import one_line
 
 T = TypeVar("T")
+
+RUNS, RUN_LENGTH = 8, 32  # of captions whose states are measured
 
 
 @dataclass(frozen=True)
@@ -320,3 +322,20 @@ class ClipDataset(StreamingDataset):
             raise
         except Exception as error:  # whatever a damaged shard makes the MDS reader, numpy or libjpeg raise
             raise UserError(f"{path}: sample {index}: {one_line(error)}") from error
+
+
+def text_states(parts: Iterable[ClipDataset]) -> Tensor:
+    """(N, D) the states of all tokens of ``RUNS`` times ``RUN_LENGTH`` captions of each dataset, float32.
+
+    Runs of neighbours, evenly spaced over a dataset: of a large remote one few shards are fetched for them.
+
+    Raises:
+        UserError: as ``ClipDataset.get_item``.
+    """
+    states = []
+    for part in parts:
+        count = part.source.manifest.num_samples
+        starts = np.linspace(0, max(0, count - RUN_LENGTH), RUNS).round().astype(int).tolist()
+        numbers = sorted({start + place for start in starts for place in range(RUN_LENGTH) if start + place < count})
+        states += [part.text_states(number) for number in numbers]
+    return torch.cat(states).float()

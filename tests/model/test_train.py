@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from model import checkpoint, registry
 from model.data import dataset
+from model.data.samples import text_states
 from model.networks.unet.network import UNet
 
 Runs = Callable[..., Any]
@@ -41,7 +42,7 @@ def test_a_run_trains_tracks_and_publishes(uninterrupted: Any) -> None:
 
 def test_a_run_standardises_its_text_by_what_its_data_hold(uninterrupted: Any, config: Callable[..., Any]) -> None:
     data = config(videos=uninterrupted.data / "videos", images=uninterrupted.data / "images", height=8, width=16)
-    states = dataset.build_loader(data, 2).dataloader.joint.text_states()
+    states = text_states(dataset.build_loader(data, 2).dataloader.joint.parts.values())
     weights = uninterrupted.weights()
     torch.testing.assert_close(weights["network.conditioning.standard.mean"], states.mean(0))
     torch.testing.assert_close(weights["network.conditioning.standard.spread"], states.std(0))

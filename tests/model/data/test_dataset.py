@@ -318,16 +318,6 @@ def test_two_processes_see_exact_shares_and_the_same_global_batches_as_one(both,
     assert rest == expected[2:]
 
 
-@pytest.mark.parametrize("videos", [3, 250])
-def test_text_states_are_those_of_captions_from_all_over(tmp_path, write_dataset, config, videos: int) -> None:
-    given = config(videos=write_dataset(tmp_path / "videos", "videos", videos), frame_rates=(24.0,))
-    loader = build_loader(given, 1).dataloader
-    part = loader.joint.parts["videos"]
-    chosen = range(videos) if videos == 3 else range(250)
-    expected = torch.cat([part._read(number, 0).text for number in chosen]).float()
-    assert torch.equal(loader.joint.text_states(), expected)
-
-
 def test_manifests_are_those_of_the_folders(both) -> None:
     found = manifests(both)
     assert list(found) == ["videos", "images"]

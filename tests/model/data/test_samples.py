@@ -7,7 +7,8 @@ import torch
 from torchvision.io import encode_jpeg
 
 from model import text
-from model.data.samples import View, decode_sample, derived_seed, draw_window, jpeg_size, stride_of
+from model.data.dataset import build_loader
+from model.data.samples import View, decode_sample, derived_seed, draw_window, jpeg_size, stride_of, text_states
 from model.data.schema import Manifest, TextManifest
 
 HEIGHT, WIDTH = 6, 10
@@ -135,3 +136,13 @@ def test_rows_that_are_not_what_the_manifest_says_are_refused(stored, changed: d
     given = stored if isinstance(stored, dict) else row(stored)
     with pytest.raises((ValueError, RuntimeError), match=what):
         decode_sample(given, manifest(**changed), VIEW, 0)
+
+
+@pytest.mark.parametrize("videos", [3, 250])
+def test_text_states_are_those_of_captions_from_all_over(tmp_path, write_dataset, config, videos: int) -> None:
+    given = config(videos=write_dataset(tmp_path / "videos", "videos", videos), frame_rates=(24.0,))
+    loader = build_loader(given, 1).dataloader
+    part = loader.joint.parts["videos"]
+    chosen = range(videos) if videos == 3 else range(250)
+    expected = torch.cat([part._read(number, 0).text for number in chosen]).float()
+    assert torch.equal(text_states(loader.joint.parts.values()), expected)
