@@ -66,10 +66,10 @@ def test_what_is_measured_against_is_right_and_a_second_start_runs_nothing_again
     assert again.returncode == 0 and again.stdout.count("done before") == 10
 
 
-# 1.3 times the losses of a run of this seed on 2 cores (0.094, 0.036, 0.027, 0.031, 0.039, 0.054): a change that learns worse
-# exceeds them.
+# 1.3 times the losses of runs of this seed on 2 cores (0.126, 0.036, 0.027, 0.031, 0.039, 0.054): a change that learns worse
+# exceeds them. The first is of levels down to 0.05, the others of a run that drew more of theirs.
 BOUNDS = {
-    "sigma_below_0.5": 0.122,
+    "sigma_below_0.5": 0.164,
     "sigma_0.5_to_1": 0.047,
     "sigma_1_to_2": 0.035,
     "sigma_2_to_4": 0.040,
