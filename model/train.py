@@ -129,7 +129,7 @@ def train(c: TrainConfig) -> None:
     device = get_device(None)
     dist.initialize_dist(device, timeout=1800.0)
     if device.name == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_local_world_size()))
+        torch.set_num_threads(cpu_threads(dist.get_local_world_size()))
     preemption = Preemption()
     reproducibility.seed_all(c.seed)
     manifests = dataset.manifests(c.data)
@@ -217,6 +217,12 @@ def train(c: TrainConfig) -> None:
         raise
     tracking.end("FINISHED")
     trainer.close()
+
+
+def cpu_threads(processes: int) -> int:
+    """How many threads each of so many processes computes with: what OMP_NUM_THREADS says, or the cores shared out."""
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # the others are of nested regions
+    return int(told) if told.isdigit() and int(told) else max(1, (os.cpu_count() or 1) // processes)
 
 
 def publish(

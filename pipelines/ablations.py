@@ -1,13 +1,17 @@
 """The paper's ablations on Moving Scenes: variants of stage 1, trained with the same compute and several seeds, and measured.
 
 ``python -m pipelines.ablations yamls/learn/ablations.yaml`` trains on the data of ``make learn``. Each run is a training and a
-``pipelines.learned`` of its own, whose commands are shown; what has finished is not run again. Writes ablations.json and
-ablations.png, and prints a table.
+``pipelines.learned`` of its own, whose commands are shown; what has finished is not run again. Writes a table as JSON and as a
+figure, and prints it. Start it several times at once, and they share the runs among them:
+
+    for core in 0 1; do OMP_NUM_THREADS=1 python -m pipelines.ablations yamls/learn/ablations.yaml > $core.log 2>&1 & done; wait
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,7 +20,7 @@ from typing import Any
 from model import budget, command, config
 from model.config import UserError
 from model.train import TrainConfig
-from pipelines.chain import MODULE, Progress, Stage, alone_in, trainer
+from pipelines.chain import MODULE, Busy, Progress, Stage, alone_in, trainer
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,10 @@ class AblationsConfig:
     learned: str = "yamls/learn/learned.yaml"
     folder: str = "runs/learn"  # of the data that make learn prepared
     output: str = "runs/learn/ablations"
+    name: str = "ablations"  # of the files with the table
     teraflops: float = 20.0  # 10^12 operations of each training run, counted as by pipelines.plan: equal compute
     seeds: tuple[int, ...] = (0, 1, 2)
-    processes: int = 2
+    processes: int = 1  # of each training run
     overrides: tuple[str, ...] = ()  # key=value for all training runs
     measure: tuple[str, ...] = ()  # key=value for all measurements
 
@@ -49,6 +54,8 @@ class AblationsConfig:
             raise ValueError(f"variants must have names of letters, digits, dots and dashes, each its own, got {names}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must name at least one, each once and none negative, got {list(self.seeds)}")
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise ValueError(f"name must be of letters, digits and dashes, got {self.name!r}")
         if self.processes < 1 or not self.teraflops > 0:
             raise ValueError("processes must be at least 1 and teraflops above 0")
 
@@ -103,14 +110,18 @@ def ablations(c: AblationsConfig) -> None:
         raise UserError(f"{c.folder}: no shards; make learn prepares them")
     output = Path(c.output)
     output.mkdir(parents=True, exist_ok=True)
-    found = []
-    for seed in c.seeds:  # all variants once, then again: stopped early, it has something to show
-        for variant in c.variants:
-            metrics = _run(c, variant, seed, steps[variant.name])
-            found.append(Measured(variant.name, seed, steps[variant.name], metrics))
-            _write(c, output, found)
+    # All variants once, then again: stopped early, it has something to show.
+    runs = [_Run(c, variant, seed, steps[variant.name]) for seed in c.seeds for variant in c.variants]
+    for run in runs:
+        with suppress(Busy):  # another process makes it
+            run.make()
+            _write(c, output, _measured(runs))
+    found = _measured(runs)
+    _write(c, output, found)
     print(_table(c, found))
-    print(f"figure: {output / 'ablations.png'}\nnumbers: {output / 'ablations.json'}")
+    if len(found) < len(runs):
+        print(f"{len(runs) - len(found)} runs are being made by other processes; the same command shows them once they are done")
+    print(f"figure: {output / c.name}.png\nnumbers: {output / c.name}.json")
 
 
 def _steps(c: AblationsConfig, variant: VariantConfig) -> int:
@@ -130,19 +141,48 @@ def _training(c: AblationsConfig, variant: VariantConfig, seed: int, steps: int)
     return (*c.overrides, *variant.overrides, *own, f"publish.name=ablation-{name}")
 
 
-def _run(c: AblationsConfig, variant: VariantConfig, seed: int, steps: int) -> dict[str, float]:
-    """Train and measure one run, unless that is done."""
-    name = f"{variant.name}-{seed}"
-    folder = Path(c.output) / name
-    folder.mkdir(exist_ok=True)
-    yaml = variant.train or c.train
-    measure = (f"output={folder}", f"cascade.stage1=models:/ablation-{name}@learn", "cascade.stage2=null", "high=null")
-    with alone_in(folder):
-        progress = Progress(folder, 2, "LEARN_FOLDER", Path(c.folder))
-        progress.run(Stage(f"train {name}, {steps} steps", (*trainer(c.processes), yaml, *_training(c, variant, seed, steps))))
-        progress.run(Stage(f"measure {name}", (*MODULE, "pipelines.learned", c.learned, *c.measure, *measure)))
-    tree = json.loads((folder / "learned.json").read_text(encoding="utf-8"))
-    return {metric: read(tree) for metric, read in METRICS.items()}
+class _Run:
+    """One training and its measurement."""
+
+    def __init__(self, c: AblationsConfig, variant: VariantConfig, seed: int, steps: int) -> None:
+        self.variant, self.seed, self.steps = variant.name, seed, steps
+        name = f"{variant.name}-{seed}"
+        self.folder = Path(c.output) / name
+        self.shared = Path(c.folder)
+        measure = (f"output={self.folder}", f"cascade.stage1=models:/ablation-{name}@learn", "cascade.stage2=null", "high=null")
+        training = (*trainer(c.processes), variant.train or c.train, *_training(c, variant, seed, steps))
+        self.stages = (
+            Stage(f"train {name}, {steps} steps", training),
+            Stage(f"measure {name}", (*MODULE, "pipelines.learned", c.learned, *c.measure, *measure)),
+        )
+
+    def _progress(self) -> Progress:
+        return Progress(self.folder, len(self.stages), "LEARN_FOLDER", self.shared)
+
+    def is_done(self) -> bool:
+        return self._progress().have_finished(self.stages)
+
+    def make(self) -> None:
+        """Run what has not finished.
+
+        Raises:
+            Busy: another process is at it.
+            UserError: a stage failed.
+        """
+        self.folder.mkdir(exist_ok=True)
+        with alone_in(self.folder):
+            progress = self._progress()
+            for stage in self.stages:
+                progress.run(stage)
+
+    def measured(self) -> Measured:
+        """Of a run that is done."""
+        tree = json.loads((self.folder / "learned.json").read_text(encoding="utf-8"))
+        return Measured(self.variant, self.seed, self.steps, {metric: read(tree) for metric, read in METRICS.items()})
+
+
+def _measured(runs: Sequence[_Run]) -> list[Measured]:
+    return [run.measured() for run in runs if run.is_done()]
 
 
 def _spread(found: Sequence[Measured], variant: str, metric: str) -> tuple[float, float | None]:
@@ -154,20 +194,22 @@ def _spread(found: Sequence[Measured], variant: str, metric: str) -> tuple[float
 def _table(c: AblationsConfig, found: Sequence[Measured]) -> str:
     """Markdown, so that it can be pasted into the docs."""
     lines = ["| variant | steps | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
-    for variant in c.variants:
-        steps = next(run.steps for run in found if run.variant == variant.name)
+    steps = {run.variant: run.steps for run in found}
+    for name in (variant.name for variant in c.variants if variant.name in steps):
         cells = []
         for metric in METRICS:
-            middle, spread = _spread(found, variant.name, metric)
+            middle, spread = _spread(found, name, metric)
             cells.append(f"{middle:.3g}" + (f" ± {spread:.2g}" if spread is not None else ""))
-        lines.append(f"| {variant.name} | {steps} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {steps[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _write(c: AblationsConfig, output: Path, found: Sequence[Measured]) -> None:
     tree = {"runs": [vars(run) for run in found], "config": config.to_tree(c)}
-    (output / "ablations.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    _draw(c, output / "ablations.png", found)
+    draft = output / f"{c.name}.{os.getpid()}.json"  # others may write as well
+    draft.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    draft.replace(output / f"{c.name}.json")
+    _draw(c, output / f"{c.name}.png", found)
 
 
 def _draw(c: AblationsConfig, path: Path, found: Sequence[Measured]) -> None:

@@ -32,6 +32,10 @@ class Stage:
     arguments: tuple[str, ...]
 
 
+class Busy(UserError):
+    """Another chain is at work in the folder."""
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Refuse to start where another chain is at work; the lock goes with the process that holds it."""
@@ -39,7 +43,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another one is at work in {folder}; wait for it, or name another folder") from error
+            raise Busy(f"another one is at work in {folder}; wait for it, or name another folder") from error
         yield
 
 
@@ -58,6 +62,11 @@ class Progress:
         self.number = 0
         self.words: list[Sequence[str]] = []
 
+    def have_finished(self, stages: Sequence[Stage]) -> bool:
+        """Whether these, the chain's first, have finished before."""
+        marker = self.folder / "finished" / str(len(stages))  # its digest is of those before as well
+        return marker.exists() and marker.read_text(encoding="utf-8") == _digest([stage.arguments for stage in stages])
+
     def run(self, stage: Stage) -> None:
         """Run the next stage unless it has finished before.
 
@@ -68,7 +77,7 @@ class Progress:
         self.words.append(stage.arguments)
         number = f"[{self.number}/{self.total}]"
         marker = self.folder / "finished" / str(self.number)
-        digest = hashlib.sha256(json.dumps(self.words).encode()).hexdigest()
+        digest = _digest(self.words)
         if marker.exists() and marker.read_text(encoding="utf-8") == digest:
             print(f"{number} {stage.title}: done before", flush=True)
             return
@@ -83,6 +92,10 @@ class Progress:
         marker.parent.mkdir(exist_ok=True)
         marker.write_text(digest, encoding="utf-8")
         print(f"{number} {stage.title}: {time.monotonic() - begin:.0f} s\n", flush=True)
+
+
+def _digest(words: Sequence[Sequence[str]]) -> str:
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 def _call(arguments: Sequence[str], environment: dict[str, str]) -> int:

@@ -48,7 +48,7 @@ class LearnedConfig:
     high: str | None = None  # the held-out clips of stage 2's size, in the same order; null: stage 1 alone
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     frame_rates: tuple[float, ...] = (8, 4)  # each clip is asked for at one of them
-    limit: int | None = None  # held-out clips; null: all
+    limit: int | None = None  # held-out clips, evenly spaced; null: all
     upsampled: int = 64  # of these, how many go through stage 2
     noise: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 8)  # levels, in the data's scale, at which stage 1 denoises real clips
     guidances: tuple[float, ...] = ()  # of stage 1, to sweep over
@@ -175,7 +175,7 @@ def examples(c: LearnedConfig, frames: int) -> list[Example]:
     known = {_combination(caption) for caption in set(captions(c.trained))}
     clips = RealClips(c.low, frames, c.frame_rates, c.seed)
     found = []
-    for number in range(min(c.limit or len(clips), len(clips))):
+    for number in _chosen(range(len(clips)), c.limit or len(clips)):
         real = clips.read(number)
         is_new = _combination(real.caption) not in known
         found.append(Example(number, real.caption, real.frame_rate, real.frames.numpy(), is_new))
@@ -334,7 +334,7 @@ def _tree(found: Score) -> dict[str, Any]:
     }
 
 
-def _chosen(asked: Sequence[Example], number: int) -> list[int]:
+def _chosen(asked: Sequence[Any], number: int) -> list[int]:
     """Evenly spaced places in the list."""
     return sorted(set(np.linspace(0, len(asked) - 1, min(number, len(asked))).round().astype(int).tolist()))
 

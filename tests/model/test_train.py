@@ -1,5 +1,6 @@
 """Training as users start it: two processes under Composer's launcher, FSDP2 on gloo, real shards, a real MLflow store."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,19 @@ from model import checkpoint, registry
 from model.data import dataset
 from model.data.samples import text_states
 from model.networks.unet.network import UNet
+from model.train import cpu_threads
 
 Runs = Callable[..., Any]
+
+
+def test_cores_are_shared_out_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [cpu_threads(processes) for processes in (1, 2, 5, 24)] == [12, 6, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cpu_threads(1) == cpu_threads(2) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert cpu_threads(2) == 4
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-from pipelines.chain import Progress, Stage
+import pytest
+
+from pipelines.chain import Busy, Progress, Stage, alone_in
 
 
 def test_a_changed_stage_runs_again_with_all_that_follow_it(tmp_path: Path) -> None:
@@ -19,3 +21,21 @@ def test_a_changed_stage_runs_again_with_all_that_follow_it(tmp_path: Path) -> N
     assert stages("a") == "ab"
     assert stages("c") == "abcb"
     assert stages("a") == "abcbab"  # what lies in the folder is the last one's work
+
+
+def test_what_has_finished_is_known_without_running_it(tmp_path: Path) -> None:
+    stages = [Stage(word, (sys.executable, "-c", "", word)) for word in ("a", "b")]
+    progress = Progress(tmp_path, 2, "DEMO_FOLDER")
+    assert not progress.have_finished(stages)
+    progress.run(stages[0])
+    assert progress.have_finished(stages[:1]) and not progress.have_finished(stages)
+    progress.run(stages[1])
+    assert progress.have_finished(stages)
+    assert not progress.have_finished([Stage("other", (sys.executable, "-c", "", "other")), stages[1]])
+
+
+def test_a_folder_has_room_for_one(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(Busy, match="another one is at work in"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass

@@ -1,6 +1,7 @@
 """The benchmark's whole chain, every stage the real command; and the guard: short training must learn what it learnt."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,9 +18,13 @@ GUARDED = ["schedule.steps=600", "evaluation.every=300", "evaluation.videos=32",
 SHORT = ["schedule.steps=4", "schedule.warmup=1", "evaluation.videos=2", "evaluation.images=2", "samples.sampler.steps=2"]
 
 
+def words(module: str, yaml: str, overrides: Mapping[str, object], folder: Path) -> list[str]:
+    settings = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+    return [sys.executable, "-m", module, yaml, f"folder={folder}", *settings]
+
+
 def run(module: str, yaml: str, overrides: Mapping[str, object], folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
-    command = [sys.executable, "-m", module, yaml, f"folder={folder}", *words]
+    command = words(module, yaml, overrides, folder)
     return subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=REPOSITORY)
 
 
@@ -94,7 +99,7 @@ def test_two_minutes_of_training_learn_what_they_learnt(learned: tuple[Path, dic
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_ablations_train_and_measure_each_variant_once(learned: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+def test_two_processes_share_the_ablations_and_make_each_once(learned: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
     variants = [
         {"name": "narrow", "overrides": ["model.network.latent_tokens=24"]},
         {"name": "unet", "train": "yamls/learn/unet.yaml"},
@@ -106,8 +111,13 @@ def test_ablations_train_and_measure_each_variant_once(learned: tuple[Path, dict
         "variants": variants,
         "measure": ["guidances=[]", "cascade.stage1_sampler.steps=2"],
     }
-    done = run("pipelines.ablations", "yamls/learn/ablations.yaml", overrides, learned[0])
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = words("pipelines.ablations", "yamls/learn/ablations.yaml", overrides, learned[0])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) for _ in range(2)]
+    told = [process.communicate(timeout=1200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    for variant in ("narrow", "unet"):
+        assert sum(f"measure {variant}-0: " in each and f"measure {variant}-0: done before" not in each for each in told) == 1
     found = json.loads((tmp_path / "ablations" / "ablations.json").read_text())["runs"]
     assert [(each["variant"], each["seed"]) for each in found] == [("narrow", 0), ("unet", 0)]
     assert found[0]["steps"] > 10 * found[1]["steps"] > 0

@@ -39,6 +39,7 @@ def test_a_clip_depends_on_its_own_example(c: LearnedConfig) -> None:
     asked = learned.examples(c, 4)
     assert [example.is_new for example in asked] == [False] * 5 + [True] * 3
     assert {example.frame_rate for example in asked} == {6, 8}
+    assert [example.number for example in learned.examples(replace(c, limit=3), 4)] == [0, 4, 7]  # new ones as well
     together = learned.sample(replace(c, batch=8), cascade, asked, "together")
     alone = learned.sample(replace(c, batch=1), cascade, [asked[6], asked[2]], "alone")
     for number, clip in zip((6, 2), alone, strict=True):
