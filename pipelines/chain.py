@@ -94,8 +94,13 @@ class Progress:
         print(f"{number} {stage.title}: {time.monotonic() - begin:.0f} s\n", flush=True)
 
 
-def _digest(words: Sequence[Sequence[str]]) -> str:
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+def _digest(stages: Sequence[Sequence[str]]) -> str:
+    """Of the words of stages, wherever the checkout lies: a folder that was moved has not lost what was done in it."""
+    return hashlib.sha256(json.dumps([_without_prefix(words) for words in stages]).encode()).hexdigest()
+
+
+def _without_prefix(words: Sequence[str]) -> list[str]:
+    return [Path(word).name if word.startswith(sys.prefix) else word for word in words]
 
 
 def _call(arguments: Sequence[str], environment: dict[str, str]) -> int:
@@ -121,5 +126,4 @@ def _call(arguments: Sequence[str], environment: dict[str, str]) -> int:
 
 def _typed(arguments: Sequence[str]) -> str:
     """The command as one would type it."""
-    words = [Path(word).name if word.startswith(sys.prefix) else word for word in arguments]
-    return " ".join(f"'{word}'" if any(mark in word for mark in ' "[') else word for word in words)
+    return " ".join(f"'{word}'" if any(mark in word for mark in ' "[') else word for word in _without_prefix(arguments))

@@ -39,3 +39,10 @@ def test_a_folder_has_room_for_one(tmp_path: Path) -> None:
         pass
     with alone_in(tmp_path):
         pass
+
+
+def test_a_checkout_that_was_moved_has_not_lost_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Progress(tmp_path, 1, "DEMO_FOLDER").run(Stage("a", (sys.executable, "-c", "")))
+    monkeypatch.setattr(sys, "prefix", "/elsewhere/.venv")
+    moved = Stage("a", (f"/elsewhere/.venv/bin/{Path(sys.executable).name}", "-c", ""))
+    assert Progress(tmp_path, 1, "DEMO_FOLDER").have_finished([moved])

@@ -79,20 +79,22 @@ class PatchConvolution(nn.Module):
 
 
 class PixelBlock(nn.Module):
-    """Two 3x3x3 convolutions over pixels and frames, modulated before and in between, beside a 1x1 one.
+    """Two convolutions over pixels and, by default, frames, modulated before and in between, beside a 1x1 one.
 
     Around a transformer as in U-ViT (Hoogeboom et al. 2023): details need not pass through its stream, and what moves by less
     than a patch from frame to frame is seen before patches are cut. There is no norm, which would take contrast away. How much of
     the input passes depends on sigma: in much noise F is hardly a function of it, in little nearly the identity.
     """
 
-    def __init__(self, inputs: int, width: int, outputs: int, embedding_width: int, gain: float = 1.0) -> None:
+    def __init__(self, config: FITConfig, inputs: int, outputs: int, gain: float = 1.0) -> None:
         super().__init__()
         self.gain = gain
-        self.input_modulation = Modulation(embedding_width, inputs)
-        self.input = nn.Conv3d(inputs, width, 3, padding=1)
-        self.modulation = Modulation(embedding_width, width)
-        self.output = nn.Conv3d(width, outputs, 3, padding=1)
+        width, kernel = config.pixel_width, (config.pixel_frames, 3, 3)
+        padding = (config.pixel_frames // 2, 1, 1)
+        self.input_modulation = Modulation(config.embedding_width, inputs)
+        self.input = nn.Conv3d(inputs, width, kernel, padding=padding)
+        self.modulation = Modulation(config.embedding_width, width)
+        self.output = nn.Conv3d(width, outputs, kernel, padding=padding)
         self.skip = nn.Conv3d(inputs, outputs, 1)
 
     def reset_parameters(self) -> None:

@@ -42,6 +42,8 @@ class FITConfig:
     text_standardised: bool = False  # text states enter with their mean taken away and divided by their spread
     convolution: bool = False  # over neighbouring patches, after each write
     pixel_width: int = 0  # channels of convolutions over pixels before the patches and after them; 0: none
+    pixel_frames: int = 3  # that these convolutions span; 1 costs a third, where details are no matter of motion
+    pixel_stride: int = 1  # squares of so many pixels, side by side in the channels, are what they see as one pixel
     upsampler: bool = False  # reads a low-resolution video, concatenated to its input's channels
     checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass
 
@@ -61,6 +63,12 @@ class FITConfig:
         for name in ("global_layers", "pixel_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.pixel_frames < 1 or not self.pixel_frames % 2:
+            raise ValueError(f"pixel_frames must be odd and at least 1, got {self.pixel_frames}")
+        if self.pixel_stride < 1 or any(side % self.pixel_stride for side in self.patch[1:]):
+            raise ValueError(f"pixel_stride must divide the patch's {self.patch[1]}x{self.patch[2]}, got {self.pixel_stride}")
+        if self.pixel_stride > 1 and not self.pixel_width:
+            raise ValueError("pixel_stride is of convolutions over pixels: it needs a pixel_width")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         for axis, size, patch, group in zip(("frames", "height", "width"), self.size, self.patch, self.group, strict=True):
@@ -89,6 +97,11 @@ class FITConfig:
     def grid(self) -> tuple[int, int, int]:
         """Patches along (frames, height, width)."""
         return (self.size[0] // self.patch[0], self.size[1] // self.patch[1], self.size[2] // self.patch[2])
+
+    @property
+    def patch_cells(self) -> tuple[int, int, int]:
+        """The patch (frames, height, width) in what the convolutions over pixels see as one pixel."""
+        return (self.patch[0], self.patch[1] // self.pixel_stride, self.patch[2] // self.pixel_stride)
 
     @property
     def boxes(self) -> dict[str, int]:

@@ -130,15 +130,16 @@ class FIT(Network):
     def __init__(self, config: FITConfig) -> None:
         super().__init__()
         self.config = config
-        pixels, width = math.prod(config.patch), config.pixel_width
-        inputs = config.channels * (2 if config.upsampler else 1)
+        width, cell = config.pixel_width, config.pixel_stride**2
+        pixels = math.prod(config.patch) // cell
+        inputs = config.channels * (2 if config.upsampler else 1) * cell
         self.conditioning = ConditioningTokens(
             config.text_width, config.conditioning_width, config.upsampler, config.text_standardised
         )
         # Without it no bound holds on what scales, multiplied with each other, make of a noise level that training never drew.
         self.embedding_norm = nn.RMSNorm(config.conditioning_width) if config.modulation or width else nn.Identity()
         self.text_pooling = TextPooling(config.conditioning_width) if config.text_modulation else None
-        self.pixel_stem = PixelBlock(inputs, width, width, config.embedding_width) if width else None
+        self.pixel_stem = PixelBlock(config, inputs, width) if width else None
         self.stem = nn.Linear((width or inputs) * pixels, config.patch_width)
         self.position = PatchPosition(config)
         self.latents = nn.Parameter(torch.empty(config.latent_tokens, config.latent_width))
@@ -149,7 +150,7 @@ class FIT(Network):
         self.head_norm = nn.LayerNorm(config.patch_width) if config.head_norm else nn.Identity()
         self.head_modulation = Modulation(config.embedding_width, config.patch_width) if config.modulation else None
         self.head = nn.Linear(config.patch_width, (width or config.channels) * pixels)
-        self.pixel_head = PixelBlock(2 * width, width, config.channels, config.embedding_width, 0.2) if width else None
+        self.pixel_head = PixelBlock(config, 2 * width, config.channels * cell, 0.2) if width else None
 
     def reset_parameters(self) -> None:
         init_linear(self.stem)
@@ -180,7 +181,7 @@ class FIT(Network):
         if self.text_pooling:
             embedding = torch.cat([embedding, self.text_pooling(tokens[:, :length], mask[:, :length])], dim=1)
         if self.pixel_stem:
-            video = self.pixel_stem(video, embedding)
+            video = self.pixel_stem(self._to_cells(video), embedding)
         patches = self._to_groups(self.stem(self._to_patches(video)) + self.position())
         if self.stem_modulation:
             patches = self.stem_modulation(patches, embedding)
@@ -197,17 +198,25 @@ class FIT(Network):
             patches = self.head_modulation(patches, embedding)
         output = self._to_video(self.head(patches))
         if self.pixel_head:
-            output = self.pixel_head(torch.cat([output, video.to(output.dtype)], dim=2), embedding)
+            output = self._from_cells(self.pixel_head(torch.cat([output, video.to(output.dtype)], dim=2), embedding))
         return NetworkOutput(output, state)
 
+    def _to_cells(self, video: Tensor) -> Tensor:
+        s = self.config.pixel_stride
+        return rearrange(video, "b t c (h sh) (w sw) -> b t (c sh sw) h w", sh=s, sw=s)
+
+    def _from_cells(self, cells: Tensor) -> Tensor:
+        s = self.config.pixel_stride
+        return rearrange(cells, "b t (c sh sw) h w -> b t c (h sh) (w sw)", sh=s, sw=s)
+
     def _to_patches(self, video: Tensor) -> Tensor:
-        pt, ph, pw = self.config.patch
+        pt, ph, pw = self.config.patch_cells
         return rearrange(video, "b (t pt) c (h ph) (w pw) -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
     def _to_groups(self, patches: Tensor) -> Tensor:
         return rearrange(patches, "b (nt t nh h nw w) p -> (b nt nh nw) (t h w) p", **self.config.boxes)
 
     def _to_video(self, pixels: Tensor) -> Tensor:
-        pt, ph, pw = self.config.patch
+        pt, ph, pw = self.config.patch_cells
         axes = "(b nt nh nw) (t h w) (pt ph pw c) -> b (nt t pt) c (nh h ph) (nw w pw)"
         return rearrange(pixels, axes, pt=pt, ph=ph, pw=pw, **self.config.boxes)

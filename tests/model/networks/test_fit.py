@@ -179,16 +179,29 @@ def test_with_convolutions_neighbours_meet_without_latents(tiny, video, conditio
     assert outside[:, 6:8].any()  # column 3, in the group to the right
 
 
-def test_pixels_pass_beside_the_stream_within_their_neighbourhood(tiny, video, conditioning) -> None:
-    network, clip, told = build(replace(tiny, pixel_width=6)), video(1, tiny), conditioning(1)
+@pytest.mark.parametrize(("frames", "stride"), [(3, 1), (1, 1), (1, 2)])
+def test_pixels_pass_beside_the_stream_within_their_neighbourhood(tiny, video, conditioning, frames: int, stride: int) -> None:
+    config = replace(tiny, pixel_width=6, pixel_frames=frames, pixel_stride=stride)
+    network, clip, told = build(config), video(1, tiny), conditioning(1)
     with torch.no_grad():
         network.head.weight.zero_()
     changed = clip.clone()
     changed[0, 2, 1, 3, 5] += 1
     moved = ((network(changed, told).video - network(clip, told).video).abs() > 1e-9).any(dim=2)[0]
     near = torch.zeros(4, 8, 12, dtype=torch.bool)
-    near[:, :8, 1:10] = True  # four convolutions of 3x3x3 reach all frames
+    reached = slice(None) if frames == 3 else slice(2, 3)  # four convolutions of three frames reach all four
+    near[reached, :8, 1:10] = True
+    if stride == 2:
+        near[reached] = True  # four convolutions reach four squares of 2x2 pixels to either side
     assert torch.equal(moved, near)
+
+
+def test_squares_of_pixels_come_back_as_they_were(tiny, video) -> None:
+    network, clip = build(replace(tiny, pixel_width=6, pixel_stride=2)), video(2, tiny)
+    cells = network._to_cells(clip)
+    assert cells.shape == (2, 4, 12, 4, 6)
+    torch.testing.assert_close(cells[1, 3, 4:8, 2, 1], clip[1, 3, 1, 4:6, 2:4].flatten(), rtol=0, atol=0)
+    assert torch.equal(network._from_cells(cells), clip)
 
 
 @pytest.mark.parametrize(("modulation", "text_modulation"), [(False, False), (True, False), (True, True)])
@@ -262,6 +275,9 @@ def test_the_start_is_tame(tiny, video, conditioning) -> None:
         ({"size": (0, 8, 12)}, "^size: frames must be at least 1, got 0"),
         ({"patch_head_width": 0}, "^patch_head_width must be at least 1, got 0"),
         ({"latent_tokens": 0}, "^latent_tokens must be at least 1, got 0"),
+        ({"pixel_width": 6, "pixel_frames": 2}, "^pixel_frames must be odd and at least 1, got 2"),
+        ({"pixel_width": 6, "pixel_stride": 3}, "^pixel_stride must divide the patch's 2x2, got 3"),
+        ({"pixel_stride": 2}, "^pixel_stride is of convolutions over pixels"),
         ({"dropout": 1.0}, "^dropout must be in"),
         ({"text_modulation": True}, "^text_modulation needs something to modulate"),
     ],
