@@ -199,9 +199,16 @@ def _table(c: AblationsConfig, found: Sequence[Measured]) -> str:
         cells = []
         for metric in METRICS:
             middle, spread = _spread(found, name, metric)
-            cells.append(f"{middle:.3g}" + (f" ± {spread:.2g}" if spread is not None else ""))
+            cells.append(_plain(middle, 3) + (f" ± {_plain(spread, 2)}" if spread is not None else ""))
         lines.append(f"| {name} | {steps[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _plain(value: float, digits: int) -> str:
+    """So many digits at least, without an exponent: 1,234 is 1234, and 0.00123 itself."""
+    if abs(value) >= 10**digits:
+        return f"{value:.0f}"
+    return f"{value:.5f}" if 0 < abs(value) < 1e-4 else f"{value:.{digits}g}"
 
 
 def _write(c: AblationsConfig, output: Path, found: Sequence[Measured]) -> None:
@@ -221,7 +228,11 @@ def _draw(c: AblationsConfig, path: Path, found: Sequence[Measured]) -> None:
         for run in found:
             axes.plot(run.metrics[metric], names.index(run.variant), "o", color="tab:blue", alpha=0.6)
         axes.set(title=metric, yticks=range(len(names)), yticklabels=names)
-        axes.grid(alpha=0.3)
+        if metric.startswith("error"):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+        axes.grid(alpha=0.3, which="both")
     axes.invert_yaxis()
     figure.savefig(path, dpi=120)
 

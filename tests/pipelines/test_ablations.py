@@ -43,6 +43,12 @@ def test_table_shows_mean_and_spread() -> None:
     assert lines[3] == "| other | 20 |" + " 7 |" * len(METRICS)
 
 
+def test_numbers_have_no_exponents() -> None:
+    assert [ablations._plain(value, 3) for value in (2503.4, 100.4, 56.67, 0.01234, 0.000021, 0.0)] == [
+        "2503", "100", "56.7", "0.0123", "0.00002", "0",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
