@@ -113,9 +113,11 @@ def ablations(c: AblationsConfig) -> None:
     # All variants once, then again: stopped early, it has something to show.
     runs = [_Run(c, variant, seed, steps[variant.name]) for seed in c.seeds for variant in c.variants]
     for run in runs:
+        known = run.is_done()
         with suppress(Busy):  # another process makes it
             run.make()
-            _write(c, output, _measured(runs))
+            if not known:
+                _write(c, output, _measured(runs))
     found = _measured(runs)
     _write(c, output, found)
     print(_table(c, found))

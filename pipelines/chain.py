@@ -59,13 +59,18 @@ class Progress:
         self.variable = variable
         self.value = value or folder
         self.total = total
-        self.number = 0
         self.words: list[Sequence[str]] = []
 
     def have_finished(self, stages: Sequence[Stage]) -> bool:
         """Whether these, the chain's first, have finished before."""
-        marker = self.folder / "finished" / str(len(stages))  # its digest is of those before as well
-        return marker.exists() and marker.read_text(encoding="utf-8") == _digest([stage.arguments for stage in stages])
+        return self._are_marked([stage.arguments for stage in stages])
+
+    def _marker(self, words: Sequence[Sequence[str]]) -> Path:
+        return self.folder / "finished" / str(len(words))
+
+    def _are_marked(self, words: Sequence[Sequence[str]]) -> bool:
+        marker = self._marker(words)  # its digest is of those before as well
+        return marker.exists() and marker.read_text(encoding="utf-8") == _digest(words)
 
     def run(self, stage: Stage) -> None:
         """Run the next stage unless it has finished before.
@@ -73,12 +78,9 @@ class Progress:
         Raises:
             UserError: it failed.
         """
-        self.number += 1
         self.words.append(stage.arguments)
-        number = f"[{self.number}/{self.total}]"
-        marker = self.folder / "finished" / str(self.number)
-        digest = _digest(self.words)
-        if marker.exists() and marker.read_text(encoding="utf-8") == digest:
+        number = f"[{len(self.words)}/{self.total}]"
+        if self._are_marked(self.words):
             print(f"{number} {stage.title}: done before", flush=True)
             return
         print(f"{number} {stage.title}\n      {_typed(stage.arguments)}", flush=True)
@@ -89,8 +91,9 @@ class Progress:
             raise UserError(
                 f"stopped at '{stage.title}' (exit code {code}); what is done is kept, the same command goes on from there"
             )
+        marker = self._marker(self.words)
         marker.parent.mkdir(exist_ok=True)
-        marker.write_text(digest, encoding="utf-8")
+        marker.write_text(_digest(self.words), encoding="utf-8")
         print(f"{number} {stage.title}: {time.monotonic() - begin:.0f} s\n", flush=True)
 
 
