@@ -1,10 +1,12 @@
 """How quickly a variant of make learn's stages learns: ``python bench/learn_trial.py [--help]``.
 
-A bare training loop on one core, without Composer, sharding or loaders: AdamW, cosine decay, an average of the weights. Reports
-the error of D on held-out videos and on training images at fixed noise, which losses of different processes would hide. Needs the
-data that ``make learn`` prepared. Two side by side on two cores do not disturb each other much:
+A bare training loop on one core, without Composer, sharding or loaders: the yaml's optimiser, batch, warm-up and average of the
+weights; the cosine is laid out over the time given. Reports the error of D on held-out videos and on training images at fixed
+noise, which losses of different processes would hide. Needs the data that ``make learn`` prepared. Two side by side on two
+cores do not disturb each other much:
 
-    python bench/learn_trial.py --seconds 240 & python bench/learn_trial.py --seconds 240 model.network.head_norm=true
+    python bench/learn_trial.py --seconds 240 global_batch=8 optimizer.lr=2e-3 & \
+    python bench/learn_trial.py --seconds 240 global_batch=8 optimizer.lr=2e-3 model.network.head_norm=true
 """
 
 import argparse
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import checkpoint, config, provenance
+from model import checkpoint, config, optimizers, provenance
 from model.data import batch as batches
 from model.data import dataset
 from model.data.batch import Batch, Sample
@@ -42,7 +44,6 @@ ROOT = Path(__file__).parents[1]
 NOISE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # sigma times sigma_in
 HELD_OUT = 48
 WINDOWS = 8  # of each training clip
-WARMUP, HALF_LIFE = 200, 150  # steps
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def errors(denoiser: Denoiser, samples: Batch) -> list[float]:
     return found
 
 
-def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rate: float) -> tuple[Denoiser, list[Point]]:
+def run(c: TrainConfig, data: Data, seconds: float, every: float) -> tuple[Denoiser, list[Point]]:
     """Train for so long, the time of measuring left out. Returns the averaged model, too."""
     torch.manual_seed(c.seed)
     denoiser, average = Denoiser(c.model), Denoiser(c.model)
@@ -117,7 +118,7 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
     average.load_state_dict(denoiser.state_dict())
     trained = list[Tensor](p for p in denoiser.parameters() if p.requires_grad)
     averaged = list[Tensor](p for p in average.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW(trained, rate, (0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer, size = optimizers.build(trained, c.optimizer), c.global_batch
     videos, images = data.batch(data.held_out), data.batch(data.images[:HELD_OUT])
     rng, points, steps, spent = np.random.default_rng(c.seed), list[Point](), 0, 0.0
     with tqdm(total=round(seconds), unit="s", leave=False, disable=None) as bar:
@@ -125,15 +126,16 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float, size: int, rat
             begin = time.process_time()
             decayed = 0.01 + 0.99 * (1 + math.cos(math.pi * spent / seconds)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1, (steps + 1) / WARMUP) * decayed
+                group["lr"] = c.optimizer.lr * min(1, (steps + 1) / c.schedule.warmup) * decayed
             drawn = data.draw(rng, size)
             drawn["seed"] = [derived_seed(c.seed, steps, n) for n in range(size)]
             denoiser.train()
             denoiser(drawn).loss.mean().backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            if c.clip_norm is not None:
+                nn.utils.clip_grad_norm_(trained, c.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            keep = min(0.5 ** (1 / HALF_LIFE), (steps + 1) / (steps + 10))
+            keep = min(0.5 ** (1 / c.ema.half_life), (steps + 1) / (steps + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(averaged, trained, 1 - keep)
             steps, spent = steps + 1, spent + time.process_time() - begin
@@ -169,20 +171,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learn", help="of make learn (default runs/learn)")
     parser.add_argument("--seconds", type=float, default=240, help="of training (default 240)")
     parser.add_argument("--every", type=float, default=120, help="seconds between measurements (default 120)")
-    parser.add_argument("--batch", type=int, default=8, help="clips a step, a quarter of them images (default 8)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="AdamW's learning rate (default 2e-3)")
     parser.add_argument("--save", type=Path, help="folder for the model, as a training run publishes it")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
-    if min(arguments.seconds, arguments.every, arguments.rate) <= 0 or arguments.batch < 2:
-        sys.exit("--seconds, --every and --rate must be above 0, --batch at least 2")
+    if min(arguments.seconds, arguments.every) <= 0:
+        sys.exit("--seconds and --every must be above 0")
     torch.set_num_threads(1)
     try:
         c = config.load(TrainConfig, arguments.yaml, arguments.overrides)
         data = Data(c, arguments.folder)
     except config.UserError as error:
         sys.exit(str(error))
-    model, points = run(c, data, arguments.seconds, arguments.every, arguments.batch, arguments.rate)
+    model, points = run(c, data, arguments.seconds, arguments.every)
     if arguments.save:
         save(arguments.save, c, arguments.folder, model, points[-1].steps)
     print(json.dumps([asdict(point) for point in points], indent=2) if arguments.json else report(points))

@@ -59,6 +59,15 @@ def load(config_class: type[T], path: str | Path, overrides: Sequence[str] = ())
     return build(config_class, typing.cast(dict[str, Any], tree), where=str(path))
 
 
+def read(path: str | Path) -> dict[str, Any]:
+    """The plain tree of ``path`` merged with its bases, interpolations as they stand.
+
+    Raises:
+        UserError: missing file or invalid yaml.
+    """
+    return typing.cast(dict[str, Any], OmegaConf.to_container(_read_with_bases(Path(path), ()), resolve=False))
+
+
 def build(config_class: type[T], tree: dict[str, Any], where: str) -> T:
     """Build ``config_class`` from a plain tree. ``where`` names the tree's origin in errors.
 

@@ -205,7 +205,8 @@ def train(c: TrainConfig) -> None:
         if done < c.schedule.steps:
             trainer.fit()
         elif dist.get_global_rank() == 0:
-            print(f"{c.name} has made {done} steps already, of {c.schedule.steps} asked for: nothing to train")
+            anew = f"to train it anew, move {Path(c.folder, c.name)} away"
+            print(f"{c.name} has made {done} steps already, of {c.schedule.steps} asked for: nothing to train; {anew}")
         measured = evaluation.measured(trainer.state, trainer.logger) if evaluation else {}
         weights = checkpoint.gather(ema.averaged(trainer.state.model))
         publish(c, weights, int(trainer.state.timestamp.batch), manifests, tracking, measured)

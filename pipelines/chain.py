@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from model import config
 from model.config import UserError
 
 END_SECONDS = 30  # that an interrupted stage has to end
@@ -50,7 +51,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 class Progress:
     """Runs stages in their order and remembers in ``folder`` which have finished.
 
-    A stage runs again if its words have changed, or those of any stage before it.
+    A stage runs again if its words have changed, or what the yamls among them say, or those of any stage before it.
     """
 
     def __init__(self, folder: Path, total: int, variable: str, value: Path | None = None) -> None:
@@ -98,8 +99,16 @@ class Progress:
 
 
 def _digest(stages: Sequence[Sequence[str]]) -> str:
-    """Of the words of stages, wherever the checkout lies: a folder that was moved has not lost what was done in it."""
-    return hashlib.sha256(json.dumps([_without_prefix(words) for words in stages]).encode()).hexdigest()
+    """Of the words of stages and of their yamls' values, not of comments.
+
+    Wherever the checkout lies: a folder that was moved has not lost what was done in it.
+    """
+    told = [[_without_prefix(words), [config.read(word) for word in words if _is_yaml(word)]] for words in stages]
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
+
+
+def _is_yaml(word: str) -> bool:
+    return word.endswith(".yaml") and Path(word).is_file()
 
 
 def _without_prefix(words: Sequence[str]) -> list[str]:

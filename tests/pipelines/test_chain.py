@@ -23,6 +23,25 @@ def test_a_changed_stage_runs_again_with_all_that_follow_it(tmp_path: Path) -> N
     assert stages("a") == "abcbab"  # what lies in the folder is the last one's work
 
 
+def test_a_stage_whose_yaml_or_its_base_was_edited_runs_again(tmp_path: Path) -> None:
+    base, own, ran = (tmp_path / name for name in ("base.yaml", "own.yaml", "ran"))
+    base.write_text("a: 1\n")
+    own.write_text("base: base.yaml\nb: ${oc.env:NOT_SET}\n")
+    stage = Stage("a", (sys.executable, "-c", f"open({str(ran)!r}, 'a').write('a')", str(own)))
+
+    def times() -> int:
+        Progress(tmp_path, 1, "DEMO_FOLDER").run(stage)
+        return len(ran.read_text())
+
+    assert times() == 1
+    own.write_text("# A comment.\nbase: base.yaml\nb: ${oc.env:NOT_SET}\n")
+    assert times() == 1
+    own.write_text("base: base.yaml\nb: 2\n")
+    assert times() == 2
+    base.write_text("a: 2\n")
+    assert times() == 3
+
+
 def test_what_has_finished_is_known_without_running_it(tmp_path: Path) -> None:
     stages = [Stage(word, (sys.executable, "-c", "", word)) for word in ("a", "b")]
     progress = Progress(tmp_path, 2, "DEMO_FOLDER")
