@@ -1,9 +1,9 @@
 """How quickly a variant of make learn's stages learns: ``python bench/learn_trial.py [--help]``.
 
-A bare training loop on one core, without Composer, sharding or loaders: the yaml's optimiser, batch, warm-up and average of the
-weights; the cosine is laid out over the time given. Reports the error of D on held-out videos and on training images at fixed
-noise, which losses of different processes would hide. Needs the data that ``make learn`` prepared. Two side by side on two
-cores do not disturb each other much:
+A bare training loop on one core, without Composer, sharding or loaders: the yaml's optimiser, batch and warm-up, an average of
+the weights over its half-life; the cosine is laid out over the time given. Reports the error of D on held-out videos and on
+training images at fixed noise, which losses of different processes would hide. Needs the data that ``make learn`` prepared. Two
+side by side on two cores do not disturb each other much:
 
     python bench/learn_trial.py --seconds 240 global_batch=8 optimizer.lr=2e-3 & \
     python bench/learn_trial.py --seconds 240 global_batch=8 optimizer.lr=2e-3 model.network.head_norm=true
@@ -126,7 +126,7 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float) -> tuple[Denoi
             begin = time.process_time()
             decayed = 0.01 + 0.99 * (1 + math.cos(math.pi * spent / seconds)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = c.optimizer.lr * min(1, (steps + 1) / c.schedule.warmup) * decayed
+                group["lr"] = c.optimizer.lr * min(1, (steps + 1) / max(1, c.schedule.warmup)) * decayed
             drawn = data.draw(rng, size)
             drawn["seed"] = [derived_seed(c.seed, steps, n) for n in range(size)]
             denoiser.train()
@@ -179,6 +179,8 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         c = config.load(TrainConfig, arguments.yaml, arguments.overrides)
+        if c.global_batch < 2:
+            sys.exit("global_batch must be at least 2: a quarter of a step's clips, and one at least, are images")
         data = Data(c, arguments.folder)
     except config.UserError as error:
         sys.exit(str(error))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from model import config
@@ -31,6 +32,15 @@ class Stage:
 
     title: str
     arguments: tuple[str, ...]
+
+    @cached_property
+    def told(self) -> list[object]:
+        """Its words and the values of the yamls among them, not comments, as they are when first asked for.
+
+        Wherever the checkout lies: a folder that was moved has not lost what was done in it.
+        """
+        yamls = [word for word in self.arguments if word.endswith(".yaml") and Path(word).is_file()]
+        return [_without_prefix(self.arguments), [config.read(yaml) for yaml in yamls]]
 
 
 class Busy(UserError):
@@ -60,18 +70,15 @@ class Progress:
         self.variable = variable
         self.value = value or folder
         self.total = total
-        self.words: list[Sequence[str]] = []
+        self.stages: list[Stage] = []
 
     def have_finished(self, stages: Sequence[Stage]) -> bool:
         """Whether these, the chain's first, have finished before."""
-        return self._are_marked([stage.arguments for stage in stages])
+        marker = self._marker(stages)  # its digest is of those before as well
+        return marker.exists() and marker.read_text(encoding="utf-8") == _digest(stages)
 
-    def _marker(self, words: Sequence[Sequence[str]]) -> Path:
-        return self.folder / "finished" / str(len(words))
-
-    def _are_marked(self, words: Sequence[Sequence[str]]) -> bool:
-        marker = self._marker(words)  # its digest is of those before as well
-        return marker.exists() and marker.read_text(encoding="utf-8") == _digest(words)
+    def _marker(self, stages: Sequence[Stage]) -> Path:
+        return self.folder / "finished" / str(len(stages))
 
     def run(self, stage: Stage) -> None:
         """Run the next stage unless it has finished before.
@@ -79,9 +86,10 @@ class Progress:
         Raises:
             UserError: it failed.
         """
-        self.words.append(stage.arguments)
-        number = f"[{len(self.words)}/{self.total}]"
-        if self._are_marked(self.words):
+        self.stages.append(stage)
+        number = f"[{len(self.stages)}/{self.total}]"
+        digest = _digest(self.stages)  # of its yaml as it starts with it
+        if self.have_finished(self.stages):
             print(f"{number} {stage.title}: done before", flush=True)
             return
         print(f"{number} {stage.title}\n      {_typed(stage.arguments)}", flush=True)
@@ -92,23 +100,14 @@ class Progress:
             raise UserError(
                 f"stopped at '{stage.title}' (exit code {code}); what is done is kept, the same command goes on from there"
             )
-        marker = self._marker(self.words)
+        marker = self._marker(self.stages)
         marker.parent.mkdir(exist_ok=True)
-        marker.write_text(_digest(self.words), encoding="utf-8")
+        marker.write_text(digest, encoding="utf-8")
         print(f"{number} {stage.title}: {time.monotonic() - begin:.0f} s\n", flush=True)
 
 
-def _digest(stages: Sequence[Sequence[str]]) -> str:
-    """Of the words of stages and of their yamls' values, not of comments.
-
-    Wherever the checkout lies: a folder that was moved has not lost what was done in it.
-    """
-    told = [[_without_prefix(words), [config.read(word) for word in words if _is_yaml(word)]] for words in stages]
-    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
-
-
-def _is_yaml(word: str) -> bool:
-    return word.endswith(".yaml") and Path(word).is_file()
+def _digest(stages: Sequence[Stage]) -> str:
+    return hashlib.sha256(json.dumps([stage.told for stage in stages], default=str).encode()).hexdigest()
 
 
 def _without_prefix(words: Sequence[str]) -> list[str]:

@@ -27,10 +27,10 @@ def test_a_stage_whose_yaml_or_its_base_was_edited_runs_again(tmp_path: Path) ->
     base, own, ran = (tmp_path / name for name in ("base.yaml", "own.yaml", "ran"))
     base.write_text("a: 1\n")
     own.write_text("base: base.yaml\nb: ${oc.env:NOT_SET}\n")
-    stage = Stage("a", (sys.executable, "-c", f"open({str(ran)!r}, 'a').write('a')", str(own)))
+    words = (sys.executable, "-c", f"open({str(ran)!r}, 'a').write('a')", str(own))
 
     def times() -> int:
-        Progress(tmp_path, 1, "DEMO_FOLDER").run(stage)
+        Progress(tmp_path, 1, "DEMO_FOLDER").run(Stage("a", words))
         return len(ran.read_text())
 
     assert times() == 1
@@ -40,6 +40,14 @@ def test_a_stage_whose_yaml_or_its_base_was_edited_runs_again(tmp_path: Path) ->
     assert times() == 2
     base.write_text("a: 2\n")
     assert times() == 3
+
+
+def test_a_yaml_that_is_edited_while_its_stage_runs_is_not_what_was_done(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("a: 1\n")
+    stage = (sys.executable, "-c", f"open({str(own)!r}, 'w').write('a: 2')", str(own))
+    Progress(tmp_path, 1, "DEMO_FOLDER").run(Stage("a", stage))
+    assert not Progress(tmp_path, 1, "DEMO_FOLDER").have_finished([Stage("a", stage)])
 
 
 def test_what_has_finished_is_known_without_running_it(tmp_path: Path) -> None:

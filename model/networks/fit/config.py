@@ -30,10 +30,10 @@ class FITConfig:
     # parameters over the published 3.9 B, factorised 10 M.
     position: Literal["full", "factorised"] = "full"
     # Spread of the positions at the start, beside patches of unit variance. At the usual 0.02 neither reads nor writes can tell
-    # places apart at first; at 1 they drown patches that fill a narrow stream (docs/learning.md).
+    # places apart at first; at 1 they drown patches that fill a narrow stream (docs/learning-before.md).
     position_std: float = 1.0
     # Normalise patches before the head. It takes their contrast away, which a wide stream keeps in other channels; in a narrow
-    # one the head is better without (docs/learning.md).
+    # one the head is better without (docs/learning-before.md).
     head_norm: bool = True
     # Beyond the paper, whose patches hear the noise level from the latents alone and meet each other only there: small networks
     # learn several times as fast with these (model/networks/fit/beyond.py, docs/learning.md).
