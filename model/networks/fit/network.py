@@ -180,8 +180,9 @@ class FIT(Network):
         embedding = functional.silu(self.embedding_norm(tokens[:, length:].sum(dim=1)))
         if self.text_pooling:
             embedding = torch.cat([embedding, self.text_pooling(tokens[:, :length], mask[:, :length])], dim=1)
+        video = self._to_cells(video)
         if self.pixel_stem:
-            video = self.pixel_stem(self._to_cells(video), embedding)
+            video = self.pixel_stem(video, embedding)
         patches = self._to_groups(self.stem(self._to_patches(video)) + self.position())
         if self.stem_modulation:
             patches = self.stem_modulation(patches, embedding)
@@ -198,25 +199,25 @@ class FIT(Network):
             patches = self.head_modulation(patches, embedding)
         output = self._to_video(self.head(patches))
         if self.pixel_head:
-            output = self._from_cells(self.pixel_head(torch.cat([output, video.to(output.dtype)], dim=2), embedding))
-        return NetworkOutput(output, state)
+            output = self.pixel_head(torch.cat([output, video.to(output.dtype)], dim=-1), embedding)
+        return NetworkOutput(self._from_cells(output), state)
 
     def _to_cells(self, video: Tensor) -> Tensor:
         s = self.config.pixel_stride
-        return rearrange(video, "b t c (h sh) (w sw) -> b t (c sh sw) h w", sh=s, sw=s)
+        return rearrange(video, "b t c (h sh) (w sw) -> b t h w (c sh sw)", sh=s, sw=s)
 
     def _from_cells(self, cells: Tensor) -> Tensor:
         s = self.config.pixel_stride
-        return rearrange(cells, "b t (c sh sw) h w -> b t c (h sh) (w sw)", sh=s, sw=s)
+        return rearrange(cells, "b t h w (c sh sw) -> b t c (h sh) (w sw)", sh=s, sw=s)
 
     def _to_patches(self, video: Tensor) -> Tensor:
         pt, ph, pw = self.config.patch_cells
-        return rearrange(video, "b (t pt) c (h ph) (w pw) -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+        return rearrange(video, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
     def _to_groups(self, patches: Tensor) -> Tensor:
         return rearrange(patches, "b (nt t nh h nw w) p -> (b nt nh nw) (t h w) p", **self.config.boxes)
 
     def _to_video(self, pixels: Tensor) -> Tensor:
         pt, ph, pw = self.config.patch_cells
-        axes = "(b nt nh nw) (t h w) (pt ph pw c) -> b (nt t pt) c (nh h ph) (nw w pw)"
+        axes = "(b nt nh nw) (t h w) (pt ph pw c) -> b (nt t pt) (nh h ph) (nw w pw) c"
         return rearrange(pixels, axes, pt=pt, ph=ph, pw=pw, **self.config.boxes)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from model.networks import catalogue
 from model.networks.conditioning import Conditioning
-from model.networks.fit.beyond import PatchConvolution
+from model.networks.fit.beyond import Modulation, PatchConvolution, PixelBlock
 from model.networks.fit.config import FITConfig
 from model.networks.fit.network import FIT
 
@@ -87,7 +88,7 @@ def test_patches_are_in_reading_order_and_groups_are_boxes(tiny, video, long: in
     config = replace(tiny, group=(long, 2, 3))
     network, clip = build(config), video(2, config)
     (frames, rows, columns), (_, high, wide) = config.grid, config.group
-    patches = network._to_patches(clip)
+    patches = network._to_patches(network._to_cells(clip))
     groups = network._to_groups(patches)
     assert patches.shape == (2, 96, 12)
     assert groups.shape == (2 * config.groups, 96 // config.groups, 12)
@@ -96,7 +97,7 @@ def test_patches_are_in_reading_order_and_groups_are_boxes(tiny, video, long: in
         assert torch.equal(patches[1, (t * rows + h) * columns + w], pixels)
         group = config.groups + ((t // long) * (rows // high) + h // high) * (columns // wide) + w // wide
         assert torch.equal(groups[group, ((t % long) * high + h % high) * wide + w % wide], pixels)
-    assert torch.equal(network._to_video(groups), clip)
+    assert torch.equal(network._from_cells(network._to_video(groups)), clip)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,8 @@ def test_unpatching_inverts_patching(tiny, video, shape: tuple[tuple[int, int, i
     size, patch, group = shape
     config = replace(tiny, size=size, patch=patch, group=group, latent_tokens=48)
     network, clip = build(config), video(3, config)
-    assert torch.equal(network._to_video(network._to_groups(network._to_patches(clip))), clip)
+    groups = network._to_groups(network._to_patches(network._to_cells(clip)))
+    assert torch.equal(network._from_cells(network._to_video(groups)), clip)
 
 
 @pytest.mark.parametrize("std", [1.0, 0.1])
@@ -179,6 +181,21 @@ def test_with_convolutions_neighbours_meet_without_latents(tiny, video, conditio
     assert outside[:, 6:8].any()  # column 3, in the group to the right
 
 
+def test_a_pixel_block_is_two_convolutions_beside_a_1x1_one(tiny) -> None:
+    config = replace(tiny, pixel_width=6, modulation=True)
+    block, video, embedding = PixelBlock(config, 5, 2), torch.randn(2, 4, 8, 12, 5), torch.randn(2, config.embedding_width)
+    block.apply(lambda module: module.reset_parameters() if isinstance(module, (PixelBlock, Modulation)) else None)
+    block.double()
+
+    def modulated(layer: Modulation, x: Tensor) -> Tensor:  # x (B, C, T, H, W)
+        scale, shift = layer.scale_shift(embedding.double())[..., None, None, None].chunk(2, dim=1)
+        return x * (1 + scale) + shift
+
+    x = modulated(block.input_modulation, video.double().permute(0, 4, 1, 2, 3))
+    expected = block.skip(x) + block.output(modulated(block.modulation, functional.silu(block.input(x))))
+    torch.testing.assert_close(block(video.double(), embedding.double()), expected.permute(0, 2, 3, 4, 1))
+
+
 @pytest.mark.parametrize(("frames", "stride"), [(3, 1), (1, 1), (1, 2)])
 def test_pixels_pass_beside_the_stream_within_their_neighbourhood(tiny, video, conditioning, frames: int, stride: int) -> None:
     config = replace(tiny, pixel_width=6, pixel_frames=frames, pixel_stride=stride)
@@ -199,8 +216,8 @@ def test_pixels_pass_beside_the_stream_within_their_neighbourhood(tiny, video, c
 def test_squares_of_pixels_come_back_as_they_were(tiny, video) -> None:
     network, clip = build(replace(tiny, pixel_width=6, pixel_stride=2)), video(2, tiny)
     cells = network._to_cells(clip)
-    assert cells.shape == (2, 4, 12, 4, 6)
-    torch.testing.assert_close(cells[1, 3, 4:8, 2, 1], clip[1, 3, 1, 4:6, 2:4].flatten(), rtol=0, atol=0)
+    assert cells.shape == (2, 4, 4, 6, 12)
+    torch.testing.assert_close(cells[1, 3, 2, 1, 4:8], clip[1, 3, 1, 4:6, 2:4].flatten(), rtol=0, atol=0)
     assert torch.equal(network._from_cells(cells), clip)
 
 
