@@ -130,7 +130,10 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float) -> tuple[Denoi
             drawn = data.draw(rng, size)
             drawn["seed"] = [derived_seed(c.seed, steps, n) for n in range(size)]
             denoiser.train()
-            denoiser(drawn).loss.mean().backward()
+            terms = denoiser(drawn)
+            denoiser.loss(terms, drawn).backward()
+            if denoiser.levels:
+                denoiser.levels.update(denoiser.levels.sums(terms.sigma, terms.loss.detach()))
             if c.clip_norm is not None:
                 nn.utils.clip_grad_norm_(trained, c.clip_norm)
             optimizer.step()

@@ -9,6 +9,7 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torch.nn import functional
 
+from model.balance import LossLevels
 from model.codec import PixelCodec, PixelCodecConfig
 from model.diffusion import edm
 from model.draws import Draws
@@ -49,6 +50,8 @@ class ModelConfig:
     upsampler: UpsamplerConfig | None = None  # None for stage 1
     self_conditioning: float = 0.9  # probability of a first pass whose latents the training pass starts from
     text_dropout: float = 0.1  # "label dropout": share of samples that train without text, for guidance
+    # Beyond the paper: each noise level's loss is divided by its running mean (model/balance.py, docs/learning.md).
+    uncertainty_weighting: bool = False
 
     def __post_init__(self) -> None:
         for name in ("self_conditioning", "text_dropout"):
@@ -72,6 +75,7 @@ class LossTerms:
 
     loss: Tensor  # (B,) effective weight times mean squared error, padding left out
     sigma: Tensor  # (B,)
+    weight: Tensor | None = None  # (B,) of each sample's loss in the objective; None: 1
 
 
 class Denoiser(ComposerModel):
@@ -91,6 +95,7 @@ class Denoiser(ComposerModel):
         self.config = config
         self.codec = PixelCodec(config.codec)
         self.network = catalogue.build(config.network, device)
+        self.levels = LossLevels(config.diffusion) if config.uncertainty_weighting else None
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
         """The training objective on a batch: equation 3 of the paper, in the F form, which is stable at all sigma.
@@ -102,7 +107,8 @@ class Denoiser(ComposerModel):
         """
         draws = Draws(batch["seed"], batch["video"].device)
         sigma = edm.training_sigma(draws.normal(), self.config.diffusion)
-        return self._objective(batch, sigma, draws, self.config.text_dropout, self.config.self_conditioning)
+        terms = self._objective(batch, sigma, draws, self.config.text_dropout, self.config.self_conditioning)
+        return replace(terms, weight=self.levels.weights(sigma)) if self.levels else terms
 
     def loss_at(self, batch: dict[str, Any], sigma: Tensor) -> Tensor:
         """(B,) the objective at the noise levels ``sigma`` (B,), with the network used as samplers use it.
@@ -137,7 +143,7 @@ class Denoiser(ComposerModel):
         return LossTerms(process.effective_weight(sigma) * mean, sigma)
 
     def loss(self, outputs: LossTerms, batch: dict[str, Any]) -> Tensor:
-        return outputs.loss.mean()
+        return (outputs.loss if outputs.weight is None else outputs.loss * outputs.weight).mean()
 
     def eval_forward(self, batch: dict[str, Any], outputs: LossTerms | None = None) -> LossTerms:
         return outputs if outputs is not None else self.forward(batch)

@@ -48,6 +48,7 @@ from model import (  # noqa: E402
     sharding,
     telemetry,
 )
+from model.balance import Balance  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
 from model.data import dataset  # noqa: E402
 from model.data.dataset import DataConfig  # noqa: E402
@@ -167,6 +168,8 @@ def train(c: TrainConfig) -> None:
     precision = c.precision if device.name == "gpu" else "fp32"
     planned = budget.count(replace(c, precision=precision), dist.get_world_size()).memory.total
     callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates, memory, planned), ema]
+    if denoiser.levels:
+        callbacks.append(Balance(denoiser.levels))
     callbacks += [ProgressBar(c.name, c.schedule.steps)]
     callbacks += [LRMonitor(), SpeedMonitor(window_size=20)]
     evaluation = Evaluation(c.evaluation, ema, loader, c.data.max_tokens) if c.evaluation else None

@@ -204,6 +204,7 @@ model:
   codec: {{height: 8, width: 16, pad_bottom: 0}}
   diffusion: {{sigma_in: 4.0, log_sigma_mean: -1.2, log_sigma_std: 1.2}}
   self_conditioning: 0.9
+  uncertainty_weighting: true # its state must outlive kills, too
   network:
     modulation: false
     text_modulation: false
