@@ -131,7 +131,7 @@ def run(c: TrainConfig, data: Data, seconds: float, every: float) -> tuple[Denoi
             drawn["seed"] = [derived_seed(c.seed, steps, n) for n in range(size)]
             denoiser.train()
             terms = denoiser(drawn)
-            denoiser.loss(terms, drawn).backward()
+            denoiser.loss(terms, dict(drawn)).backward()
             if denoiser.levels:
                 denoiser.levels.update(denoiser.levels.sums(terms.sigma, terms.loss.detach()))
             if c.clip_norm is not None:

@@ -9,9 +9,9 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torch.nn import functional
 
-from model.balance import LossLevels
 from model.codec import PixelCodec, PixelCodecConfig
 from model.diffusion import edm
+from model.diffusion.loss_levels import LossLevels
 from model.draws import Draws
 from model.networks import catalogue
 from model.networks.conditioning import Conditioning
@@ -50,7 +50,7 @@ class ModelConfig:
     upsampler: UpsamplerConfig | None = None  # None for stage 1
     self_conditioning: float = 0.9  # probability of a first pass whose latents the training pass starts from
     text_dropout: float = 0.1  # "label dropout": share of samples that train without text, for guidance
-    # Beyond the paper: each noise level's loss is divided by its running mean (model/balance.py, docs/learning.md).
+    # Beyond the paper: each noise level's loss is divided by its running mean (model/diffusion/loss_levels.py, docs/learning.md).
     uncertainty_weighting: bool = False
 
     def __post_init__(self) -> None:

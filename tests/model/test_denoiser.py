@@ -326,3 +326,18 @@ def test_a_sample_has_the_same_loss_in_any_batch(stage, clips) -> None:
         part = denoiser({name: values[rows] for name, values in batch.items()})
         torch.testing.assert_close(part.loss, whole.loss[rows], rtol=1e-5, atol=0)
         assert torch.equal(part.sigma, whole.sigma[rows])
+
+
+def test_the_objective_is_weighted_and_the_losses_told_are_not(stage, clips) -> None:
+    plain, weighted = (Denoiser(stage(uncertainty_weighting=on)) for on in (False, True))
+    weighted.network.load_state_dict(plain.network.state_dict())
+    assert plain.levels is None and weighted.levels is not None
+    weighted.levels.means = torch.linspace(0.01, 1, len(weighted.levels.means))
+    samples = clips(4)
+    one, other = plain(samples), weighted(samples)
+    assert torch.equal(one.loss, other.loss) and one.weight is None
+    assert float(plain.loss(one, samples)) == pytest.approx(float(one.loss.mean()))
+    expected = (other.loss * weighted.levels.weights(other.sigma)).mean()
+    torch.testing.assert_close(weighted.loss(other, samples), expected)
+    assert len(set(other.weight.tolist())) > 1
+    assert torch.equal(weighted.loss_at(samples, one.sigma), plain.loss_at(samples, one.sigma)), "evaluation stays comparable"

@@ -120,7 +120,8 @@ class PixelBlock(nn.Module):
     @staticmethod
     def _convolve(layer: nn.Conv3d, video: Tensor) -> Tensor:
         """(B, T, H, W, C), channels last, as convolutions are fastest -> the same with the layer's channels."""
-        return layer(video.movedim(-1, 1)).movedim(1, -1)  # type: ignore[no-any-return]
+        convolved: Tensor = layer(video.movedim(-1, 1))
+        return convolved.movedim(1, -1)
 
     @staticmethod
     def _modulate(modulation: Modulation, video: Tensor, embedding: Tensor) -> Tensor:
