@@ -37,7 +37,7 @@ class AblationsConfig:
     """Which variants, for how long, measured how."""
 
     variants: tuple[VariantConfig, ...]
-    train: str = "yamls/learn/stage1.yaml"
+    train: str = "yamls/learn/ablated.yaml"
     learned: str = "yamls/learn/learned.yaml"
     folder: str = "runs/learn"  # of the data that make learn prepared
     output: str = "runs/learn/ablations"
