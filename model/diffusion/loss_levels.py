@@ -47,9 +47,8 @@ class LossLevels:
         total, new = sums.to(self.means.dtype)
         self.means, self.counts = self.means.to(sums.device), self.counts.to(sums.device)
         kept = torch.minimum((1 - 1 / HORIZON) ** new, self.counts / (self.counts + new))
-        mean = torch.where(new > 0, total / new.clamp(min=1), self.means)
-        # A loss of nothing at all would weigh endlessly.
-        self.means = torch.lerp(mean, self.means, kept).clamp(min=1e-8)
+        # A loss of nothing at all would weigh endlessly. Where no sample is new, all is kept.
+        self.means = torch.lerp(total / new.clamp(min=1), self.means, kept).clamp(min=1e-8)
         self.counts = self.counts + new
 
     def _bins(self, sigma: Tensor) -> Tensor:
