@@ -13,10 +13,14 @@ from model.diffusion.loss_levels import LossLevels
 
 
 class Balance(Callback):
-    """Keeps a denoiser's ``LossLevels`` up to date with each step's losses of all ranks."""
+    """Keeps a denoiser's ``LossLevels`` up to date with each step's losses of all ranks.
+
+    Who keeps a step from the weights sets ``rest``, and the levels stay as they are once.
+    """
 
     def __init__(self, levels: LossLevels) -> None:
         self.levels = levels
+        self.rest = False
         self._sums: list[Tensor] = []
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
@@ -27,6 +31,9 @@ class Balance(Callback):
         self._sums.append(self.levels.sums(state.outputs.sigma, state.outputs.loss.detach()))  # of a microbatch
 
     def batch_end(self, state: State, logger: Logger) -> None:
+        if self.rest:
+            self.rest = False
+            return
         sums = torch.stack(self._sums).sum(dim=0)
         dist.all_reduce(sums)
         self.levels.update(sums)

@@ -1,8 +1,9 @@
 """Between the gradients and the optimiser: clip them, or keep a broken step from the weights.
 
 A step is broken if its loss or the norm of its gradients is not finite, or its loss is a spike. Nothing of it reaches the
-weights, the optimiser's state or their average. What made a loss spike may be in the weights already, from the steps before. To
-roll back takes these steps, too, from weights, optimiser and average, and goes on with the next batch: none is met again.
+weights, the optimiser's state or what follows the weights, such as their average. What made a loss spike may be in the weights
+already, from the steps before. To roll back takes these steps, too, from all of these, and goes on with the next batch: none is
+met again.
 """
 
 import json
@@ -20,6 +21,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from model import resume
+from model.balance import Balance
 from model.config import RunError
 from model.denoiser import LossTerms
 from model.ema import EMA
@@ -131,11 +133,21 @@ class StepGuard(Callback):
         history: what is usual, and what was skipped or rolled back.
     """
 
-    def __init__(self, config: FaultsConfig, clip_norm: float, ema: EMA, folder: Path, checkpoints: Path | None = None) -> None:
-        """``folder`` is where the samples of broken steps are listed, ``checkpoints`` what to roll back to."""
+    def __init__(
+        self,
+        config: FaultsConfig,
+        clip_norm: float,
+        followers: Sequence[EMA | Balance],
+        folder: Path,
+        checkpoints: Path | None = None,
+    ) -> None:
+        """``followers`` have a state that goes with the weights; their ``rest`` is set for a step that does not train.
+
+        ``folder`` is where the samples of broken steps are listed, ``checkpoints`` what to roll back to.
+        """
         self.config = config
         self.clip_norm = clip_norm
-        self.ema = ema
+        self.followers = followers
         self.folder = folder
         self.checkpoints = checkpoints
         self.gradient_norm = 0.0
@@ -175,10 +187,11 @@ class StepGuard(Callback):
             print(f"\n{told_of}", file=sys.stderr, flush=True)
         for p in params:
             p.grad = None  # optimisers leave a parameter without gradient, and its state, alone
-        self.ema.rest = True
+        for follower in self.followers:
+            follower.rest = True
         if newest is not None and step is not None and done == "rolled back":
             now = self.history
-            resume.restore(state, newest, (self.ema, self))
+            resume.restore(state, newest, (*self.followers, self))
             self.history = now.with_roll_back(self.history, step)
             logger.log_metrics({"faults/rolled_back": self.history.rolled_back})
         else:

@@ -14,6 +14,7 @@ import torch
 from composer.devices import DeviceCPU
 from torch import Tensor, nn
 
+from model.balance import Balance
 from model.config import RunError
 from model.denoiser import Denoiser
 from model.ema import EMA, EMAConfig
@@ -104,7 +105,9 @@ class Loop:
         self.model = Denoiser(config)
         self.optimizer = build(self.model.parameters(), optimizer)
         self.ema = EMA(EMAConfig(half_life=3))
-        self.guard = StepGuard(faults, 0.5, self.ema, folder)
+        assert self.model.levels is not None
+        self.balance = Balance(self.model.levels)
+        self.guard = StepGuard(faults, 0.5, (self.ema, self.balance), folder)
         self.logged: list[dict[str, float]] = []
         self.logger: Any = SimpleNamespace(log_metrics=self.logged.append)
         self.state: Any = SimpleNamespace(
@@ -114,29 +117,33 @@ class Loop:
 
     def step(self, batch: dict[str, Any]) -> None:
         self.state.batch = batch
-        self.guard.before_train_batch(self.state, self.logger)
+        for callback in (self.guard, self.balance):
+            callback.before_train_batch(self.state, self.logger)
         self.optimizer.zero_grad()
         for part in (slice(0, 2), slice(2, 4)):  # microbatches
             self.state.outputs = self.model({name: value[part] for name, value in batch.items()})
-            self.guard.after_loss(self.state, self.logger)
+            for callback in (self.guard, self.balance):
+                callback.after_loss(self.state, self.logger)
             (self.model.loss(self.state.outputs, batch) / 2).backward()
         self.guard.after_train_batch(self.state, self.logger)
         # What the optimiser gets; LAMB writes over it.
         self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
         self.optimizer.step()
         self.state.timestamp.batch += 1
-        self.ema.batch_end(self.state, self.logger)
+        for callback in (self.ema, self.balance):
+            callback.batch_end(self.state, self.logger)
 
     def held(self) -> list[Tensor]:
         """Every tensor that training carries from step to step."""
         moments = [value for p in self.model.parameters() for value in self.optimizer.state[p].values()]
-        return [t.detach().clone() for t in (*self.model.parameters(), *moments, *self.ema.weights.values())]
+        kept = (*self.ema.weights.values(), *self.balance.state_dict().values())
+        return [t.detach().clone() for t in (*self.model.parameters(), *moments, *kept)]
 
 
 @pytest.fixture
 def loop(stage: Callable[..., Any], tmp_path: Path) -> Callable[..., Loop]:
     def start(faults: FaultsConfig, optimizer: OptimizerConfig | None = None) -> Loop:
-        return Loop(stage(), faults, optimizer or LAMBConfig(), tmp_path / "faults")
+        return Loop(stage(uncertainty_weighting=True), faults, optimizer or LAMBConfig(), tmp_path / "faults")
 
     return start
 

@@ -145,11 +145,11 @@ def test_a_run_goes_on_without_a_broken_sample_and_tells_its_operator(tmp_path: 
 
 
 def saved(run: Any, step: int) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint, whole, by name: weights, optimiser's state and averages."""
+    """Tensors of a checkpoint, whole, by name: weights, optimiser's state, averages and levels of the loss."""
     folder = next((run.folder / "tiny/checkpoints").glob(f"ep*-ba{step}"))
     dcp_to_torch_save(folder, run.folder / "whole.pt")
     flat, _ = flatten_state_dict(torch.load(run.folder / "whole.pt", weights_only=False))
-    parts = ("state.model.", "state.optimizers.", "state.callbacks.EMA.")
+    parts = ("state.model.", "state.optimizers.", "state.callbacks.EMA.", "state.callbacks.Balance.")
     return {name: value for name, value in flat.items() if name.startswith(parts) and torch.is_tensor(value)}
 
 
