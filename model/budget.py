@@ -184,6 +184,7 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
 
 def _build(c: TrainConfig) -> Denoiser:
     model = Denoiser(c.model, "meta")
+    model.network.shard_blocks = c.sharding.blocks
     if c.finetune:
         finetuning.prepare(model, c.finetune)
     return model

@@ -19,6 +19,7 @@ class ShardingConfig:
     # null: over all (FSDP). A number, as a rule the GPUs of a node: so many share a copy, and the copies are kept equal (HSDP):
     # weights are gathered within a node, and only gradients cross between nodes.
     processes: int | None = None
+    blocks: bool = True  # gather each block's weights on its own; false: the network's as one, quicker where they are few
     reshard: bool = True  # free a block's gathered weights after its forward pass, and gather them again for its backward pass
 
     def __post_init__(self) -> None:

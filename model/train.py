@@ -146,6 +146,7 @@ def train(c: TrainConfig) -> None:
 
     loader = dataset.build_loader(c.data, c.global_batch, c.evaluation.held_out if c.evaluation else None)
     denoiser = Denoiser(c.model, sharding.build_device())
+    denoiser.network.shard_blocks = c.sharding.blocks
     new: list[str] = []
     if found.newest is None and dist.get_global_rank() == 0:
         assert isinstance(loader.dataloader, dataset.JointLoader)

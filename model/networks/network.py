@@ -76,7 +76,13 @@ def check_inputs(video: Tensor, conditioning: Conditioning, config: NetworkConfi
 
 
 class Network(nn.Module):
-    """The network F: noisy video and conditioning -> normalised target."""
+    """The network F: noisy video and conditioning -> normalised target.
+
+    Attributes:
+        shard_blocks: whether FSDP gathers each block's weights on its own, or those of the network as one.
+    """
+
+    shard_blocks = True
 
     def forward(
         self, video: Tensor, conditioning: Conditioning, latents: Tensor | None = None, latents_only: bool = False
@@ -95,8 +101,8 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """The sharding rule, as Composer asks for it: each block is gathered on its own."""
-        return isinstance(module, Block)
+        """The sharding rule, as Composer asks for it."""
+        return self.shard_blocks and isinstance(module, Block)
 
     def compile_blocks(self, **options: Any) -> None:
         """Have ``torch.compile`` make each block's kernels; ``options`` are its own.

@@ -228,7 +228,7 @@ data: {{videos: {data}/videos, images: {data}/images, frames: 4, max_tokens: 5}}
 optimizer: {{kind: lamb, lr: 1e-2, betas: [0.9, 0.99], weight_decay: 0.01}}
 schedule: {{steps: {steps}, warmup: 3}}
 clip_norm: 0.5
-sharding: {{reshard: true}}
+sharding: {{blocks: true, reshard: true}}
 global_batch: 8
 checkpoints: {{every: {every}}}
 samples: null

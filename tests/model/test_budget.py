@@ -85,7 +85,7 @@ def test_the_papers_runs_fit_on_a_node_of_8_gpus_of_80_gb(name: str) -> None:
 
 def test_parameters_are_those_of_a_real_model() -> None:
     model = Denoiser(config.load(TrainConfig, DEMO).model, "cpu")
-    b = count(DEMO)
+    b = count(DEMO, "sharding.blocks=true")
     assert b.parameters.total == sum(p.numel() for p in model.parameters())
     assert b.parameters.components["blocks.layers"] == sum(
         p.numel() for block in model.network.blocks for p in block.layers.parameters()
@@ -107,8 +107,16 @@ def test_copies_of_the_weights_are_counted_on_the_gpus_that_share_one() -> None:
     shared, whole = count(DEMO, "sharding.processes=2", gpus=8).memory, count(DEMO, gpus=8).memory
     assert shared.state == count(DEMO, gpus=2).memory.state > 3 * whole.state
     assert count(DEMO, "sharding.processes=8", gpus=2).memory.state == count(DEMO, gpus=2).memory.state  # as training does
-    b = count(DEMO, "sharding.reshard=false")
-    assert b.memory.gathered == FLOAT32 * b.parameters.total >= whole.gathered
+
+
+def test_whole_weights_are_those_of_the_blocks_at_work_or_all() -> None:
+    by_block = count(DEMO, "sharding={blocks: true, reshard: true}")
+    p = by_block.parameters
+    assert by_block.memory.gathered == FLOAT32 * (p.root_unit + 2 * p.largest_unit)
+    for sharding in ("{blocks: true, reshard: false}", "{blocks: false, reshard: true}"):
+        b = count(DEMO, f"sharding={sharding}")
+        assert b.parameters.total == p.total
+        assert b.memory.gathered == FLOAT32 * p.total
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 7, 64])

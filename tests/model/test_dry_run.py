@@ -305,6 +305,14 @@ def test_units_are_those_that_composer_wraps(build: Callable[[str], ComposerMode
     assert len(fsdp_units(model)) == len(wrapped) > 2
 
 
+@pytest.mark.parametrize("model", [denoiser("meta"), unet("meta")], ids=["fit", "unet"])
+def test_blocks_are_units_unless_told_otherwise(model: Denoiser) -> None:
+    assert len(fsdp_units(model)) > 2
+    model.network.shard_blocks = False
+    assert fsdp_units(model) == [model.network]
+    assert generate_composer_model_policy(model)._run_policy(model, set(), {}).keys() == {model.network}
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_a_convolution_in_groups_is_counted_by_its_multiplications(groups: int) -> None:
     """Backward it does twice the forward's: once for its input, once for its weights."""
