@@ -21,7 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from model import command, config, media, text
-from model.codec import from_pixels, to_pixels
+from model.codec import PixelCodec, from_pixels, to_pixels
 from model.config import UserError
 from model.data import batch
 from model.data.samples import derived_seed
@@ -32,6 +32,7 @@ from model.networks.conditioning import Conditioning
 from pipelines.cascade import Cascade, CascadeConfig
 from pipelines.clips import RealClips, captions
 from pipelines.judge import SPEED, WORDS, parse, reworded
+from pipelines.knowable import Knowable
 from pipelines.moving_scenes import Clip, Score, distance, score, table
 from pipelines.ranks import default_device
 
@@ -90,6 +91,7 @@ class Denoised:
 
     noise: float  # sigma * sigma_in, the std of the noise where data lie in [-1, 1]
     error: float  # mean of (D - x)^2
+    knowable: float | None  # what can be reached (pipelines.knowable); None for codecs not of pixels, and where clips are few
     shuffled: float  # the same with captions of other clips: how much the text says
     heard: dict[str, float]  # by what share the error grows where one word of the caption is another: what it says of each
 
@@ -138,12 +140,13 @@ def learned(c: LearnedConfig) -> None:
     if levels:
         tree["denoising"] = [vars(level) for level in levels]
         print(
-            "\nnoise  error of D  with other captions  grows where one word is another"
+            "\nnoise  error of D  can be reached  with other captions  grows where one word is another"
             + "".join(f"{w:>12}" for w in levels[0].heard)
         )
         for level in levels:
             grown = "".join(f"{share:12.1%}" for share in level.heard.values())
-            print(f"{level.noise:5g}{level.error:12.5f}{level.shuffled:21.5f}{'':34}{grown}")
+            reached = "" if level.knowable is None else f"{level.knowable:.5f}"
+            print(f"{level.noise:5g}{level.error:12.5f}{reached:>16}{level.shuffled:21.5f}{'':34}{grown}")
     shown = _chosen(asked, c.sheet)
     media.write_contact_sheet(output / "stage1.png", [made[n] for n in shown], [_line(asked[n]) for n in shown])
     if c.high is not None:
@@ -241,15 +244,33 @@ def denoising(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> l
     changed = {
         word: [a != b for a, b in zip(said, right, strict=True)] for word, said in zip(WORDS, told_instead[2:], strict=True)
     }
+    # Errors of latents are not those of pixels.
+    least = reachable(c, asked) if isinstance(denoiser.codec, PixelCodec) else [None] * len(c.noise)
     found = []
-    for level, of_level in zip(c.noise, errors, strict=True):
+    for level, of_level, reached in zip(c.noise, errors, least, strict=True):
         grown = {
             word: float(of_level[column, changed[word]].mean() / of_level[0, changed[word]].mean() - 1)
             for column, word in enumerate(WORDS, start=2)
             if any(changed[word])
         }
-        found.append(Denoised(level, float(of_level[0].mean()), float(of_level[1].mean()), grown))
+        found.append(Denoised(level, float(of_level[0].mean()), reached, float(of_level[1].mean()), grown))
     return found
+
+
+def reachable(c: LearnedConfig, asked: Sequence[Example]) -> Sequence[float | None]:
+    """At each noise level the mean error that knowing the benchmark's scenes gives (pipelines.knowable), of the same clips."""
+    known, errors = Knowable(c.trained, len(asked[0].frames), c.frame_rates), []
+    if not all(known.tells(example.caption, example.frame_rate) for example in asked):
+        return [None] * len(c.noise)
+    for row, level in enumerate(tqdm(c.noise, "what can be known", unit="level", leave=False)):
+        of_level = []
+        for example in asked:
+            real = from_pixels(torch.from_numpy(example.frames))
+            eps = draw([torch.Generator().manual_seed(derived_seed(c.seed, example.number, row))], real.shape, real.device)[0]
+            mean = known.mean(real + level * eps, level, example.caption, example.frame_rate)
+            of_level.append(float((mean - real).double().square().mean()))
+        errors.append(float(np.mean(of_level)))
+    return errors
 
 
 def squared_error(denoiser: Denoiser, x: Tensor, eps: Tensor, sigma: Tensor, told: Conditioning) -> Tensor:
