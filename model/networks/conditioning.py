@@ -41,6 +41,7 @@ class TextStandard(nn.Module):
     """
 
     LEAST = 1e-3  # of a spread: a channel that never changes is not blown up
+    MOST = 30.0  # of a token's norm, in usual ones: one broken caption does not decide for all
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -53,13 +54,15 @@ class TextStandard(nn.Module):
 
     @torch.no_grad()
     def measure(self, states: Tensor) -> None:
-        """Take mean and spread from ``states`` (N, D) of N tokens.
+        """Take mean and spread from ``states`` (N, D) of N tokens, without those that are not finite or far larger than usual.
 
         Raises:
             ValueError: fewer than two tokens, or states of another width.
         """
         if states.ndim != 2 or len(states) < 2 or states.shape[1] != len(self.mean):
             raise ValueError(f"states must be (N, {len(self.mean)}) with N of at least 2, got {tuple(states.shape)}")
+        norms = states.double().norm(dim=1)
+        states = states[norms <= self.MOST * norms.nanmedian()]
         self.mean.copy_(states.double().mean(dim=0))
         self.spread.copy_(states.double().std(dim=0).clamp_min(self.LEAST))
 

@@ -66,6 +66,15 @@ def test_a_standard_takes_away_what_all_states_share() -> None:
             standard.measure(wrong)
 
 
+@pytest.mark.parametrize("broken", [3e38, float("inf"), float("nan")])
+def test_one_broken_caption_does_not_decide_what_is_usual(broken: float) -> None:
+    standard, other = TextStandard(3), TextStandard(3)
+    states = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    standard.measure(states)
+    other.measure(torch.cat([states[:20], torch.full((2, 3), broken), states[20:]]))
+    assert torch.equal(other.mean, standard.mean) and torch.equal(other.spread, standard.spread)
+
+
 def test_behind_a_standard_it_does_not_matter_how_an_encoder_scales_its_states(conditioning) -> None:
     given = conditioning(4)
     outputs = []
