@@ -3,24 +3,21 @@
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
 from model.denoiser import LossTerms
 from model.diffusion.loss_levels import LossLevels
+from model.follower import Follower
 
 
-class Balance(Callback):
-    """Keeps a denoiser's ``LossLevels`` up to date with each step's losses of all ranks.
-
-    Who keeps a step from the weights sets ``rest``, and the levels stay as they are once.
-    """
+class Balance(Follower):
+    """Keeps a denoiser's ``LossLevels`` up to date with each step's losses of all ranks."""
 
     def __init__(self, levels: LossLevels) -> None:
         self.levels = levels
-        self.rest = False
         self._sums: list[Tensor] = []
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
@@ -30,10 +27,7 @@ class Balance(Callback):
         assert isinstance(state.outputs, LossTerms)
         self._sums.append(self.levels.sums(state.outputs.sigma, state.outputs.loss.detach()))  # of a microbatch
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        if self.rest:
-            self.rest = False
-            return
+    def follow(self, state: State) -> None:
         sums = torch.stack(self._sums).sum(dim=0)
         dist.all_reduce(sums)
         self.levels.update(sums)

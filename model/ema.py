@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.core import State
 from composer.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from model.follower import Follower
 from model.lamb import local_shard
 
 
@@ -37,18 +38,17 @@ class EMAConfig:
         return 0.5 ** (1 / min(half_life or self.half_life, max(self.ramp * step, 1e-8)))
 
 
-class EMA(Callback):
+class EMA(Follower):
     """Averages the parameters that train, after each optimiser step.
 
     ``weights`` maps their names to averages, of the parameters' own kind (DTensor under FSDP2); ``others`` has more such maps
-    by half-life. Who keeps a step from the weights sets ``rest``, and the averages stay as they are once.
+    by half-life.
     """
 
     def __init__(self, config: EMAConfig) -> None:
         self.config = config
         self.weights: dict[str, Tensor] = {}
         self.others: dict[float, dict[str, Tensor]] = {}
-        self.rest = False
 
     def before_load(self, state: State, logger: Logger) -> None:
         # Here the model is sharded already, and a checkpoint about to be loaded finds tensors to fill.
@@ -59,10 +59,7 @@ class EMA(Callback):
             self._start(state.model)
 
     @torch.no_grad()
-    def batch_end(self, state: State, logger: Logger) -> None:
-        if self.rest:
-            self.rest = False
-            return
+    def follow(self, state: State) -> None:
         current = _trained(state.model)
         shards = [local_shard(p) for p in current.values()]
         for half_life, weights in {self.config.half_life: self.weights, **self.others}.items():

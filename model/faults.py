@@ -21,10 +21,9 @@ from composer.utils import dist
 from torch import Tensor
 
 from model import resume
-from model.balance import Balance
 from model.config import RunError
 from model.denoiser import LossTerms
-from model.ema import EMA
+from model.follower import Follower
 from model.lamb import local_shard, whole_norms
 
 WINDOW = 100  # steps whose loss tells what is usual; no loss is a spike before there were as many
@@ -137,14 +136,11 @@ class StepGuard(Callback):
         self,
         config: FaultsConfig,
         clip_norm: float,
-        followers: Sequence[EMA | Balance],
+        followers: Sequence[Follower],
         folder: Path,
         checkpoints: Path | None = None,
     ) -> None:
-        """``followers`` have a state that goes with the weights; their ``rest`` is set for a step that does not train.
-
-        ``folder`` is where the samples of broken steps are listed, ``checkpoints`` what to roll back to.
-        """
+        """``folder`` is where the samples of broken steps are listed, ``checkpoints`` what to roll back to."""
         self.config = config
         self.clip_norm = clip_norm
         self.followers = followers

@@ -165,11 +165,11 @@ def train(c: TrainConfig) -> None:
         denoiser.network.compile_blocks()
     denoiser.flops_per_batch = telemetry.flops_per_batch(c.model, c.data.max_tokens, c.finetune)
     ema = EMA(c.ema)
-    balance = [Balance(denoiser.levels)] if denoiser.levels else []
-    guard = StepGuard(c.faults, c.clip_norm, (ema, *balance), Path(c.folder, c.name, "faults"), checkpoints)
+    followers = [ema, Balance(denoiser.levels)] if denoiser.levels else [ema]
+    guard = StepGuard(c.faults, c.clip_norm, followers, Path(c.folder, c.name, "faults"), checkpoints)
     precision = c.precision if device.name == "gpu" else "fp32"
     planned = budget.count(replace(c, precision=precision), dist.get_world_size()).memory.total
-    callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates, memory, planned), ema, *balance]
+    callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates, memory, planned), *guard.followers]
     callbacks += [ProgressBar(c.name, c.schedule.steps)]
     callbacks += [LRMonitor(), SpeedMonitor(window_size=20)]
     evaluation = Evaluation(c.evaluation, ema, loader, c.data.max_tokens) if c.evaluation else None

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from model.codec import from_pixels
 from model.config import UserError
-from pipelines.clips import RealClips
-from pipelines.judge import Said, parse
+from pipelines.clips import RealClips, captions
+from pipelines.judge import Said, Truth, parse
 from pipelines.truth import COLOURS
 
 WINDOWS = 4  # of each clip
@@ -58,22 +58,24 @@ class Knowable:
 
     def __init__(self, location: str, frames: int, frame_rates: Sequence[float]) -> None:
         found = defaultdict[_Kind, list[Tensor]](list)
+        told = {number: parse(caption) for number, caption in enumerate(captions(location))}
+        told = {number: truth for number, truth in told.items() if len(truth.objects) == 1}
         for seed in range(WINDOWS):
             clips = RealClips(location, frames, frame_rates, seed)
-            for number in tqdm(range(len(clips)), f"{location}, part {seed + 1} of {WINDOWS}", unit="clip", leave=False):
+            for number, truth in tqdm(told.items(), f"{location}, part {seed + 1} of {WINDOWS}", unit="clip", leave=False):
+                (said,) = truth.objects
+                if all(len(found[_kind(said, rate)]) == MOST for rate in frame_rates):
+                    continue  # and decode no more than is kept
                 clip = clips.read(number)
-                said = parse(clip.caption)
-                if len(said.objects) == 1:
-                    alike = found[_kind(said.objects[0], clip.frame_rate)]
-                    if len(alike) < MOST:
-                        covered = coverage(from_pixels(clip.frames), said.objects[0], said.background)
-                        alike.append(covered.half())  # to half the memory; they are of 8 bits
-        self._coverages = {kind: torch.stack(alike) for kind, alike in found.items()}
+                alike = found[_kind(said, clip.frame_rate)]
+                if len(alike) < MOST:
+                    covered = coverage(from_pixels(clip.frames), said, truth.background)
+                    alike.append(covered.half())  # to half the memory; they are of 8 bits
+        self._coverages = {kind: torch.stack(alike) for kind, alike in found.items() if alike}
 
     def tells(self, caption: str, frame_rate: float) -> bool:
         """Whether there are clips of the kind that a caption says."""
-        said = parse(caption)
-        return len(said.objects) == 1 and _kind(said.objects[0], frame_rate) in self._coverages
+        return self._alike(parse(caption), frame_rate) is not None
 
     def mean(self, noisy: Tensor, noise: float, caption: str, frame_rate: float) -> Tensor:
         """The posterior mean of a clip, of which ``noisy`` is all that is seen; both (T, C, H, W).
@@ -81,11 +83,14 @@ class Knowable:
         Raises:
             UserError: no clip is of the kind that the caption says.
         """
-        if not self.tells(caption, frame_rate):
+        truth = parse(caption)
+        alike = self._alike(truth, frame_rate)
+        if alike is None:
             raise UserError(f"no training clip tells what can be known of {caption!r} at {frame_rate:g} frames per second")
-        said = parse(caption)
-        alike = self._coverages[_kind(said.objects[0], frame_rate)].float()
-        return posterior_mean(noisy, noise, alike, said.objects[0], said.background)
+        return posterior_mean(noisy, noise, alike.float(), truth.objects[0], truth.background)
+
+    def _alike(self, truth: Truth, frame_rate: float) -> Tensor | None:
+        return self._coverages.get(_kind(truth.objects[0], frame_rate)) if len(truth.objects) == 1 else None
 
 
 def _kind(said: Said, frame_rate: float) -> _Kind:

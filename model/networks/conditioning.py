@@ -57,12 +57,13 @@ class TextStandard(nn.Module):
         """Take mean and spread from ``states`` (N, D) of N tokens, without those that are not finite or far larger than usual.
 
         Raises:
-            ValueError: fewer than two tokens, or states of another width.
+            ValueError: fewer than two such tokens, or states of another width.
         """
+        if states.ndim == 2:
+            norms = states.double().norm(dim=1)
+            states = states[norms <= self.MOST * norms.nanmedian()]
         if states.ndim != 2 or len(states) < 2 or states.shape[1] != len(self.mean):
             raise ValueError(f"states must be (N, {len(self.mean)}) with N of at least 2, got {tuple(states.shape)}")
-        norms = states.double().norm(dim=1)
-        states = states[norms <= self.MOST * norms.nanmedian()]
         self.mean.copy_(states.double().mean(dim=0))
         self.spread.copy_(states.double().std(dim=0).clamp_min(self.LEAST))
 

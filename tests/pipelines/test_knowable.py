@@ -1,7 +1,6 @@
 """Posterior means against closed forms, and against clips that dataprep draws."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from dataprep import moving_scenes as benchmark
 from model.codec import from_pixels
 from model.config import UserError
+from pipelines import knowable
 from pipelines.clips import RealClips
 from pipelines.judge import Said, parse
 from pipelines.knowable import Knowable, colour, coverage, posterior_mean
@@ -67,8 +67,22 @@ def test_it_knows_where_a_noisy_object_is(learned_config: LearnedConfig) -> None
     assert 0 < found[0.5] < 0.5 * found[1e3] < 0.1
 
 
-def test_what_no_training_clip_tells(learned_config: LearnedConfig, tmp_path: Path) -> None:
+def test_what_no_training_clip_tells(learned_config: LearnedConfig) -> None:
     known = Knowable(learned_config.trained, 4, (8,))
     combination = next(iter(benchmark.combinations("unseen")))
     with pytest.raises(UserError, match="no training clip tells .* at 6 frames per second"):
         known.mean(torch.zeros(4, 3, 6, 16), 1.0, f"a {combination[0]} {combination[1]} moves left on a blue background", 6)
+    assert known.tells("a red circle moves left on a blue background", 8)
+    assert not known.tells("a red circle moves left on a blue background", 6)
+    assert not known.tells("a red circle moves left and a green square moves left on a blue background", 8)
+
+
+def test_no_more_is_decoded_than_is_kept(learned_config: LearnedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knowable, "MOST", 3)
+    known, read = [], []
+    monkeypatch.setattr(RealClips, "read", lambda self, number, own=RealClips.read: read.append(number) or own(self, number))
+    for windows in (1, 40):
+        monkeypatch.setattr(knowable, "WINDOWS", windows)
+        read.clear()
+        known.append((Knowable(learned_config.trained, 4, (8,)), len(read)))
+    assert known[0][1] == known[1][1] == 3 * 15  # shapes and directions

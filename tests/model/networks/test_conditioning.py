@@ -73,6 +73,8 @@ def test_one_broken_caption_does_not_decide_what_is_usual(broken: float) -> None
     standard.measure(states)
     other.measure(torch.cat([states[:20], torch.full((2, 3), broken), states[20:]]))
     assert torch.equal(other.mean, standard.mean) and torch.equal(other.spread, standard.spread)
+    with pytest.raises(ValueError, match=r"N of at least 2, got \(1, 3\)"):
+        other.measure(torch.cat([states[:1], torch.full((1, 3), float("nan"))]))
 
 
 def test_behind_a_standard_it_does_not_matter_how_an_encoder_scales_its_states(conditioning) -> None:
