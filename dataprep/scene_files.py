@@ -82,8 +82,8 @@ class SceneFilesConfig:
     num_videos: int = 120
     num_images: int = 60
     seed: int = 0
-    # See dataprep.scenes.draw_scene; of the benchmark (dataprep.moving_scenes) the combinations to train on, or the others.
-    difficulty: Difficulty | Literal["benchmark", "benchmark_unseen"] = "full"
+    # See dataprep.scenes.draw_scene; of the benchmark see dataprep.moving_scenes.
+    difficulty: Difficulty | Literal["benchmark", "benchmark_unseen", "benchmark_wide"] = "full"
     layouts: tuple[Layout, ...] = ("folder", "webdataset", "parquet")
     min_seconds: float = 2.0  # length of a video
     max_seconds: float = 2.5
@@ -233,13 +233,12 @@ def _plan_item(config: SceneFilesConfig, index: int) -> Item:
 
 
 def _draw_scene(rng: np.random.Generator, config: SceneFilesConfig) -> Scene:
+    kinds: dict[str, moving_scenes.Kind] = {"benchmark": "seen", "benchmark_unseen": "unseen", "benchmark_wide": "wide"}
     match config.difficulty:
-        case "benchmark":
-            return moving_scenes.draw(rng, "seen", config.max_seconds)
-        case "benchmark_unseen":
-            return moving_scenes.draw(rng, "unseen", config.max_seconds)
-        case other:
-            return draw_scene(rng, other)
+        case "simple" | "full" as difficulty:
+            return draw_scene(rng, difficulty)
+        case benchmark:
+            return moving_scenes.draw(rng, kinds[benchmark], config.max_seconds)
 
 
 def _draw_times(rng: np.random.Generator, config: SceneFilesConfig, frame_rate: int) -> tuple[float, ...]:

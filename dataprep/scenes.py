@@ -357,11 +357,12 @@ def _draw_backdrop(rng: np.random.Generator, kind: str | None) -> Background:
 
 def _contrasting_colour(rng: np.random.Generator, behind: tuple[str, ...], colours: tuple[str, ...], taken: str = "") -> str:
     """One of ``colours`` that stands out from all of ``behind`` and is not ``taken``."""
-    choices = [name for name in colours if name != taken and all(_stand_apart(name, other) for other in behind)]
+    choices = [name for name in colours if name != taken and all(stand_apart(name, other) for other in behind)]
     return str(rng.choice(choices))
 
 
-def _stand_apart(colour: str, other: str) -> bool:
+def stand_apart(colour: str, other: str) -> bool:
+    """Whether two colours of ``PALETTE`` can be told apart in a small or a compressed picture."""
     return colour != other and {colour, other} not in ALIKE
 
 

@@ -17,8 +17,12 @@ SPEED = 0.25  # of moving objects in the benchmark's scenes, stage heights per s
 WORDS = ("colour", "shape", "direction")  # of an object, as captions say them
 
 _COLOUR = f"(?:{'|'.join(COLOURS)})"
-_SUBJECT = rf"a {_COLOUR} (?:{'|'.join(SHAPES)})(?: moves (?:{'|'.join(DIRECTIONS)})| stays still)?"
-_CAPTION = re.compile(rf"(?P<subjects>{_SUBJECT}(?: and {_SUBJECT})*) on a (?P<background>{_COLOUR}) background")
+_DIRECTION = f"(?:{'|'.join(DIRECTIONS)})"
+_SUBJECT = rf"a {_COLOUR} (?:{'|'.join(SHAPES)})(?: moves {_DIRECTION}| stays still)?"
+_BACKGROUND = rf"(?:(?P<plain>{_COLOUR}) background|(?P<board>{_COLOUR} and {_COLOUR}) checkerboard)"
+_CAPTION = re.compile(
+    rf"(?:the camera pans (?P<camera>{_DIRECTION}) over )?(?P<subjects>{_SUBJECT}(?: and {_SUBJECT})*) on a {_BACKGROUND}"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Truth:
     """What a caption says."""
 
     objects: tuple[Said, ...]
-    background: str
+    background: str  # such as "blue", or "blue and white" of a checkerboard, by the alphabet
+    camera: str | None = None  # where it pans, one of DIRECTIONS; None where the caption says nothing of it
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,19 @@ class Verdict:
     count: bool
     colour: bool
     shape: bool
-    direction: bool | None  # None where the caption says nothing of motion
+    direction: bool | None  # None where the caption says nothing of the objects' motion
+    camera: bool | None  # None where it says nothing of the camera's
     all: bool  # everything above
     unread: tuple[str, ...]  # which of the above could not be told, rather than told wrongly
-    moves: bool  # whether something should move
-    speed_ratio: float | None  # read over true, mean over the moving objects; None without one or where it cannot be told
+    moves: bool  # whether something should move, an object or the camera
+    speed_ratio: float | None  # read over true, mean over what moves; None without any or where it cannot be told
 
 
 def parse(caption: str) -> Truth:
     """Read a caption.
 
     Raises:
-        UserError: it is not one of one-coloured backgrounds and objects that move straight on or rest.
+        UserError: it is not one of one-coloured backgrounds or checkerboards and objects that move straight on or rest.
     """
     match = _CAPTION.fullmatch(caption)
     if match is None:
@@ -66,7 +72,8 @@ def parse(caption: str) -> Truth:
     for subject in match["subjects"].split(" and "):
         _, colour, shape, *action = subject.split(" ", 4)
         objects.append(Said(colour, shape, {"moves": action[-1], "stays": STILL}[action[0]] if action else None))
-    return Truth(tuple(objects), match["background"])
+    background = match["plain"] or " and ".join(sorted(match["board"].split(" and ")))
+    return Truth(tuple(objects), background, match["camera"])
 
 
 def reworded(caption: str, what: str) -> str | None:
@@ -86,7 +93,7 @@ def reworded(caption: str, what: str) -> str | None:
         return caption.replace(f"moves {said.direction}", f"moves {opposite}", 1)
     colour, shape = said.colour, said.shape
     if what == "colour":
-        others = [name for name in COLOURS if name != truth.background]
+        others = [name for name in COLOURS if name not in truth.background.split()]
         colour = others[(others.index(colour) + 1) % len(others)]
     else:
         shape = SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
@@ -99,7 +106,7 @@ def judge(reading: Reading, truth: Truth, speed: float = SPEED) -> Verdict:
     Args:
         reading: of the clip.
         truth: of the caption.
-        speed: that moving objects should have, in stage heights per second.
+        speed: that moving objects and cameras should have, in stage heights per second.
     """
     seen = [*reading.objects, *[_MISSING] * len(truth.objects)]  # an object too many makes the count wrong, and nothing else
     agreements = [[_agreements(said, found) for found in seen] for said in truth.objects]
@@ -112,13 +119,16 @@ def judge(reading: Reading, truth: Truth, speed: float = SPEED) -> Verdict:
         "colour": all(found.colour == said.colour for said, found in pairs),
         "shape": all(found.shape == said.shape for said, found in pairs),
         "direction": all(found.direction == said.direction for said, found in pairs) if all(moves) else None,
+        "camera": reading.camera == truth.camera if truth.camera else None,
     }
-    unread = [name for name, value in (("background", reading.background), ("count", reading.count)) if value is None]
+    unread = [name for name in ("background", "count", "camera") if right[name] is False and getattr(reading, name) is None]
     for name in ("colour", "shape", "direction"):
         if right[name] is False and any(getattr(found, name) is None for _, found in pairs):
             unread.append(name)
     ratios = [found.speed / speed for said, found in pairs if said.direction not in (None, STILL) and found.speed is not None]
-    should_move = any(said.direction not in (None, STILL) for said in truth.objects)
+    if truth.camera and reading.camera_speed is not None:
+        ratios.append(reading.camera_speed / speed)
+    should_move = bool(truth.camera) or any(said.direction not in (None, STILL) for said in truth.objects)
     everything = all(value is not False for value in right.values())
     ratio = sum(ratios) / len(ratios) if ratios else None
     return Verdict(**right, all=everything, unread=tuple(unread), moves=should_move, speed_ratio=ratio)  # type: ignore[arg-type]

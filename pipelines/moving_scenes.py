@@ -24,7 +24,7 @@ from pipelines.judge import SPEED, Verdict, judge, parse
 from pipelines.metrics import Frechet
 from pipelines.truth import read
 
-PROPERTIES = ("background", "count", "colour", "shape", "direction", "all")
+PROPERTIES = ("background", "count", "colour", "shape", "direction", "camera", "all")
 SPEED_TOLERANCE = 0.15
 BINS = 6  # of a channel's histogram
 LEAST_SPREAD = 1 / 255  # of a feature among the real clips; less is not worth telling apart
@@ -78,7 +78,7 @@ def score(clips: Iterable[Clip], speed: float = SPEED) -> Score:
 
     Args:
         clips: any number of them, one after the other.
-        speed: that moving objects should have, in stage heights per second.
+        speed: that moving objects and cameras should have, in stage heights per second.
 
     Raises:
         UserError: no clips, or a caption that is not of the benchmark.
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", help="folders of sampling jobs (python -m pipelines.sample)")
     parser.add_argument("--real", metavar="DATASET", help="real clips to show beside them, such as data/shards/stage2/videos")
     parser.add_argument("--limit", type=int, help="clips of each folder; all if not given")
-    parser.add_argument("--speed", type=float, default=SPEED, help=f"of moving objects, stage heights a second (default {SPEED})")
+    parser.add_argument("--speed", type=float, default=SPEED, help=f"of what moves, stage heights a second (default {SPEED})")
     parser.add_argument("--debug", action="store_true", help="show stack traces of errors")
     options = parser.parse_args(arguments)
 

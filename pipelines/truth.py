@@ -4,8 +4,8 @@
     reading.objects[0].colour, reading.objects[0].direction, reading.objects[0].speed
 
 Classical: colours are told by their distance, objects are connected components, shapes are compared with drawn ones, motion is a
-line through the centroids. For objects of few colours and shapes, upright, on a background of one colour. What cannot be told is
-None rather than a guess, so blurred and broken clips can be read too.
+line through the centroids. For objects of few colours and shapes, upright, on a background of one colour or a checkerboard, over
+which the camera may pan. What cannot be told is None rather than a guess, so blurred and broken clips can be read too.
 
 Lengths are in stage heights: of the centred 16:9 part of the picture that the scene was made for, which is the frame's height in
 clips of 16:9 and in those cropped from it.
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
+
+from pipelines import checkerboard
 
 # What the words of the captions mean to the eye. That dataprep draws the same is tested, not shared.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -68,7 +70,7 @@ class Seen:
     colour: str | None
     shape: str | None
     size: float  # diameter of the circle of equal area, stage heights
-    direction: str | None  # one of DIRECTIONS or "still"
+    direction: str | None  # one of DIRECTIONS or "still", in the scene: what a camera does is taken away
     speed: float | None  # stage heights per second
 
 
@@ -76,10 +78,12 @@ class Seen:
 class Reading:
     """What a clip shows."""
 
-    background: str | None
+    background: str | None  # such as "blue", or "blue and white" of a checkerboard, by the alphabet
     count: int | None  # of objects; None where the frames disagree
     objects: tuple[Seen, ...]  # those that were followed
     flicker: float | None  # RMS change from frame to frame of what should not change, in levels of 255
+    camera: str | None = None  # one of DIRECTIONS or "still"; a background of one colour does not tell
+    camera_speed: float | None = None  # stage heights per second
 
 
 @dataclass(frozen=True)
@@ -109,20 +113,32 @@ def read(frames: np.ndarray, frame_rate: float, stage: float | None = None) -> R
             f"frames must be (T, H, W, 3) uint8 at a rate above 0, got {frames.shape} {frames.dtype} at {frame_rate}"
         )
     unit = float(stage or frames.shape[1])
-    ground = np.median(frames.reshape(-1, 3), axis=0)
-    difference = frames.astype(np.float32) - ground.astype(np.float32)
+    board = checkerboard.find(frames, unit)
+    ground = np.median(frames.reshape(-1, 3), axis=0).astype(np.float32) if board is None else board.ground
+    names = [_name(colour) for colour in ([ground] if board is None else board.colours)]
+    difference = frames.astype(np.float32) - ground
     stands_out = np.linalg.norm(difference, axis=-1) > CONTRAST
+    if board is not None:  # compression that halves the resolution of colours makes others along the squares' edges
+        stands_out = ndimage.binary_opening(stands_out, _SQUARE)
     if stands_out.mean() > 1 - MIN_PLAIN:
         return Reading(None, None, (), None)
-    labels, values = _colours(frames, difference, stands_out, _name(ground), MIN_AREA * unit**2)
-    owner, coverage = _shares(difference, values - ground)
+    labels, values = _colours(frames, difference, stands_out, names, MIN_AREA * unit**2)
+    owner, coverage = _shares(difference, [value - ground for value in values])
+    camera = np.zeros((len(frames), 2)) if board is None else board.places
+    times = np.arange(len(frames)) / frame_rate
     objects, counts = [], np.zeros(len(frames), int)
     for k, name in enumerate(labels):
         found = _follow(owner == k, np.where(ndimage.binary_dilation(owner == k, _SQUARE), coverage[k], 0), MIN_AREA * unit**2)
         counts += found[1]
-        objects += [_describe(track, name, frame_rate, unit) for track in found[0]]
+        objects += [_describe(track, name, frame_rate, unit, camera) for track in found[0]]
     agreeing = (counts == len(objects)).mean()
-    return Reading(_name(ground), len(objects) if agreeing >= MIN_AGREEING else None, tuple(objects), _flicker(difference, owner))
+    return Reading(
+        " and ".join(sorted(name for name in names if name)) if all(names) else None,
+        len(objects) if agreeing >= MIN_AGREEING else None,
+        tuple(objects),
+        _flicker(difference, owner),
+        *((None, None) if board is None else _uniform(camera - camera.mean(axis=0), times - times.mean())),
+    )
 
 
 _SQUARE = np.ones((1, 3, 3), bool)  # neighbours within a frame, (T, H, W)
@@ -138,7 +154,7 @@ def _name(colour: np.ndarray) -> str | None:
 
 
 def _colours(
-    frames: np.ndarray, difference: np.ndarray, stands_out: np.ndarray, behind: str | None, min_area: float
+    frames: np.ndarray, difference: np.ndarray, stands_out: np.ndarray, behind: list[str | None], min_area: float
 ) -> tuple[list[str | None], np.ndarray]:
     """The words and (K, 3) values of the colours that objects have, from the cores of the components."""
     parts, _ = ndimage.label(stands_out, np.pad(_SQUARE, ((1, 1), (0, 0), (0, 0))))
@@ -155,20 +171,21 @@ def _colours(
         cores.setdefault(name, []).append(core)
         seen.setdefault(name, set()).add(place[0].start)
     # What has the background's colour too is a halo, as compression leaves around objects.
-    names = [name for name in cores if len(seen[name]) >= MIN_SEEN * len(frames) and (name is None or name != behind)]
+    names = [name for name in cores if len(seen[name]) >= MIN_SEEN * len(frames) and (name is None or name not in behind)]
     return names, np.array([np.median(cores[name], axis=0) for name in names]).reshape(-1, 3)
 
 
-def _shares(difference: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _shares(difference: np.ndarray, steps: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Which colour's object each pixel belongs to, (T, H, W) with -1 for none, and how far each covers it, (K, T, H, W).
 
     A pixel on an object's edge is a mixture: it lies on the line from the background's colour to the object's.
+    ``steps`` go from the one to the other, (3,) or (T, H, W, 3) each.
     """
     owner = np.full(difference.shape[:3], -1)
     coverage = np.zeros((len(steps), *difference.shape[:3]), np.float32)
     closest = np.full(difference.shape[:3], np.inf)
-    for k, step in enumerate(steps.astype(np.float32)):
-        share = np.clip(difference @ step / (step @ step), 0, 1)
+    for k, step in enumerate(steps):
+        share = np.clip((difference * step).sum(axis=-1) / np.maximum((step**2).sum(axis=-1), 1), 0, 1)
         beside = np.linalg.norm(difference - share[..., None] * step, axis=-1)
         coverage[k] = share
         owner = np.where((beside < closest) & (share > 0.5), k, np.where(beside < closest, -1, owner))
@@ -217,31 +234,42 @@ def _follow(inside: np.ndarray, coverage: np.ndarray, min_area: float) -> tuple[
     return tracks, counts
 
 
-def _describe(track: _Track, colour: str | None, frame_rate: float, unit: float) -> Seen:
+def _describe(track: _Track, colour: str | None, frame_rate: float, unit: float, camera: np.ndarray) -> Seen:
     enough = track.whole.sum() >= max(2, len(track.whole) / 3)
     used = track.whole if enough else np.ones_like(track.whole)
     area = float(np.median(track.areas[used]))
-    direction, speed = _motion(track, used, frame_rate, unit)
+    direction, speed = _motion(track, used, frame_rate, unit, camera)
     shape = _shape(track, area) if track.whole.any() else None
     return Seen(colour, shape, math.sqrt(4 * area / math.pi) / unit, direction, speed)
 
 
-def _motion(track: _Track, used: np.ndarray, frame_rate: float, unit: float) -> tuple[str | None, float | None]:
-    """Direction and speed of the uniform motion that fits the centres best, across returns from the other side."""
+def _motion(
+    track: _Track, used: np.ndarray, frame_rate: float, unit: float, camera: np.ndarray
+) -> tuple[str | None, float | None]:
+    """Direction and speed of the uniform motion that fits the centres best, across returns from the other side.
+
+    ``camera`` is (T, 2), stage heights.
+    """
     if used.sum() < 2:
         return None, None
     times = track.frames[used] / frame_rate
     centres = track.centres[used] / unit
     sides = np.array(track.coverage.shape[:0:-1]) / unit  # width and height
     run = np.concatenate([[0], np.cumsum((np.abs(np.diff(centres, axis=0)) > WRAP * sides).any(axis=1))])
+    centres = centres + camera[track.frames[used]]
     for piece in np.unique(run):  # each with its own place, all with one velocity
         centres[run == piece] -= centres[run == piece].mean(axis=0)
         times[run == piece] -= times[run == piece].mean()
+    return _uniform(centres, times)
+
+
+def _uniform(places: np.ndarray, times: np.ndarray) -> tuple[str | None, float | None]:
+    """Direction and speed of (F, 2) places, about their mean, at (F,) times, about theirs; None where it is no uniform motion."""
     if not times.any():
         return None, None
-    velocity = times @ centres / (times @ times)
+    velocity = times @ places / (times @ times)
     speed = float(np.hypot(*velocity))
-    wobble = float(np.sqrt(((centres - times[:, None] * velocity) ** 2).sum(axis=1).mean()))
+    wobble = float(np.sqrt(((places - times[:, None] * velocity) ** 2).sum(axis=1).mean()))
     if wobble > MAX_WOBBLE[0] + MAX_WOBBLE[1] * speed * float(np.ptp(times)):
         return None, None
     if speed < STILL_SPEED:

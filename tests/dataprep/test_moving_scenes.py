@@ -57,6 +57,22 @@ def test_objects_stay_in_view_of_a_3_to_2_crop(seconds: float) -> None:
         np.testing.assert_allclose(last - first, expected, atol=0.01)
 
 
+@pytest.mark.parametrize("seconds", [1.0, MAX_SECONDS])
+def test_wide_scenes_have_two_objects_or_a_pan_and_all_stays_in_view(seconds: float) -> None:
+    kinds = collections.Counter[tuple[int, str]]()
+    for scene in itertools.islice(scenes("wide", 5, seconds), 60):
+        kinds[len(scene.figures), scene.background.kind] += 1
+        assert bool(any(scene.pan)) == (scene.background.kind == "checker")
+        names = [*scene.background.colours, *(figure.colour for figure in scene.figures)]
+        assert len(set(names)) == 3
+        areas = []
+        for t in (0, seconds / 2, seconds):
+            frame = render(scene, t, 90, 160)[:, 12:-12]
+            areas.append([(frame == PALETTE[figure.colour]).all(axis=-1).sum() for figure in scene.figures])
+        np.testing.assert_allclose(areas, [areas[1]] * 3, rtol=0.06, err_msg=scene.caption())  # pixels that are covered whole
+    assert min(kinds[2, "plain"], kinds[1, "checker"]) > 15 and len(kinds) == 2
+
+
 def test_longer_clips_are_refused() -> None:
     with pytest.raises(ValueError, match="stay in view for 2.25 seconds"):
         moving_scenes.draw(np.random.default_rng(0), "seen", 3)

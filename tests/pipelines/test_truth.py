@@ -130,11 +130,15 @@ def test_captions() -> None:
         "a black square stays still and a white triangle moves diagonally up to the right on a green background"
     ) == Truth((Said("black", "square", "still"), Said("white", "triangle", "diagonally up to the right")), "green")
     assert parse("a red circle on a blue background") == Truth((Said("red", "circle", None),), "blue")
+    pan = "the camera pans up over a red circle on a white and blue checkerboard"
+    assert parse(pan) == Truth((Said("red", "circle", None),), "blue and white", "up")
     for other in (
         "",
         "a red circle",
         "a red heart moves left on a blue background",
         "a red circle moves in on a blue background",
+        "the camera pans over a red circle on a white and blue checkerboard",
+        "a red circle on a blue checkerboard",
     ):
         with pytest.raises(UserError, match="cannot be judged"):
             parse(other)
@@ -161,3 +165,10 @@ def test_verdict() -> None:
         Reading("white", 1, (dataclasses.replace(circle, direction=None),), None), parse("a red circle on a white background")
     )
     assert (still.all, still.direction, still.speed_ratio) == (True, None, None)
+    told = parse("the camera pans up over a red circle on a white and blue checkerboard")
+    panned = judge(Reading("blue and white", 1, (dataclasses.replace(circle, direction="still"),), None, "up", 0.2), told)
+    assert (panned.camera, panned.direction, panned.all, panned.moves) == (True, None, True, True)
+    assert panned.speed_ratio == pytest.approx(0.2 / 0.25)
+    assert judge(Reading("blue and white", 1, (circle,), None, "down", 0.2), told).all is False
+    plain = judge(Reading("blue", 1, (circle,), None), told)
+    assert (plain.camera, plain.unread, plain.speed_ratio) == (False, ("camera",), None)
