@@ -4,13 +4,15 @@ Legend: B batch, T frames, G groups, N patch tokens per group, P patch width, L 
 M of what modulates.
 """
 
+import contextlib
 import math
 
+import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.networks.fit.config import FITConfig
+from model.networks.fit.config import CLIP_STRIDE, FITConfig
 from model.networks.layers import init_linear
 
 
@@ -57,6 +59,15 @@ class TextPooling(nn.Module):
         return functional.silu(self.output(functional.silu(self.hidden(pooled))))
 
 
+def convolve(layer: nn.Conv2d | nn.Conv3d, cells: Tensor, cpu_bf16: bool) -> Tensor:
+    """(B, ..., C), channels last, as convolutions are fastest -> the same with the layer's channels."""
+    # Elsewhere torch emulates bfloat16, which takes longer than float32 does.
+    lowered = cpu_bf16 and cells.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    with torch.autocast("cpu", torch.bfloat16) if lowered else contextlib.nullcontext():
+        convolved: Tensor = layer(cells.movedim(-1, 1))
+    return (convolved.to(cells.dtype) if lowered else convolved).movedim(1, -1)
+
+
 class PatchConvolution(nn.Module):
     """Depthwise 3x3x3 convolution over the grid of patches, across the borders of groups; residual left to the caller.
 
@@ -95,7 +106,7 @@ class PixelBlock(nn.Module):
 
     def __init__(self, config: FITConfig, inputs: int, outputs: int, gain: float = 1.0) -> None:
         super().__init__()
-        self.gain = gain
+        self.gain, self.cpu_bf16 = gain, config.cpu_bf16
         width, kernel = config.pixel_width, (config.pixel_frames, 3, 3)
         padding = (config.pixel_frames // 2, 1, 1)
         self.input_modulation = Modulation(config.embedding_width, inputs)
@@ -112,17 +123,53 @@ class PixelBlock(nn.Module):
     def forward(self, video: Tensor, embedding: Tensor) -> Tensor:
         """``video`` (B, T, H, W, inputs) and ``embedding`` (B, M) -> (B, T, H, W, outputs)."""
         video = self._modulate(self.input_modulation, video, embedding)
-        hidden = functional.silu(self._convolve(self.input, video))
+        hidden = functional.silu(convolve(self.input, video, self.cpu_bf16))
         hidden = self._modulate(self.modulation, hidden, embedding)
         skipped = functional.linear(video, self.skip.weight.flatten(1), self.skip.bias)  # a 1x1x1 convolution is slow on a CPU
-        return skipped + self._convolve(self.output, hidden)
-
-    @staticmethod
-    def _convolve(layer: nn.Conv3d, video: Tensor) -> Tensor:
-        """(B, T, H, W, C), channels last, as convolutions are fastest -> the same with the layer's channels."""
-        convolved: Tensor = layer(video.movedim(-1, 1))
-        return convolved.movedim(1, -1)
+        return skipped + convolve(self.output, hidden, self.cpu_bf16)
 
     @staticmethod
     def _modulate(modulation: Modulation, video: Tensor, embedding: Tensor) -> Tensor:
         return modulation(video.flatten(1, 3), embedding).view_as(video)
+
+
+class ClipBlock(nn.Module):
+    """Three convolutions over places that see all frames as channels, modulated after the first two: beside FIT, not in it.
+
+    What is hidden by noise in every frame is found by what all frames show along its way, much as by a matched filter; neither
+    convolutions of three frames nor patches of one see that. What is found is painted into all frames, and told to the patches.
+    """
+
+    def __init__(self, config: FITConfig, inputs: int) -> None:
+        super().__init__()
+        self.frames, width, self.cpu_bf16 = config.size[0], config.clip_width, config.cpu_bf16
+        cell = self.frames * CLIP_STRIDE**2
+        self.cells = (config.patch[1] // CLIP_STRIDE, config.patch[2] // CLIP_STRIDE)
+        self.input = nn.Conv2d(cell * inputs, width, 5, padding=2)
+        self.input_modulation = Modulation(config.embedding_width, width)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.middle_modulation = Modulation(config.embedding_width, width)
+        self.output = nn.Conv2d(width, cell * config.channels, 5, padding=2)
+        self.patches = nn.Linear(width * math.prod(self.cells), config.patch_width)
+
+    def reset_parameters(self) -> None:
+        init_convolution(self.input)
+        init_convolution(self.middle)
+        init_convolution(self.output, 0.2)
+        init_linear(self.patches, 0.5)
+
+    def forward(self, video: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """``video`` (B, T, inputs, H, W) and ``embedding`` (B, M) -> (B, T, C, H, W), and (B, T h w, P) for h x w patches."""
+        squares = {"sh": CLIP_STRIDE, "sw": CLIP_STRIDE}
+        # Channels last, as convolutions are fastest.
+        places = rearrange(video, "b t c (h sh) (w sw) -> b h w (t c sh sw)", **squares)
+        first = self._modulate(self.input_modulation, convolve(self.input, places, self.cpu_bf16), embedding)
+        second = self._modulate(self.middle_modulation, first + convolve(self.middle, first, self.cpu_bf16), embedding)
+        painted = convolve(self.output, second, self.cpu_bf16)
+        told = self.patches(rearrange(second, "b (h ch) (w cw) c -> b (h w) (ch cw c)", ch=self.cells[0], cw=self.cells[1]))
+        painted = rearrange(painted, "b h w (t c sh sw) -> b t c (h sh) (w sw)", t=self.frames, **squares)
+        return painted, repeat(told, "b n p -> b (t n) p", t=self.frames)
+
+    @staticmethod
+    def _modulate(modulation: Modulation, places: Tensor, embedding: Tensor) -> Tensor:
+        return functional.silu(modulation(places.flatten(1, 2), embedding).view_as(places))

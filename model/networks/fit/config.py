@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+CLIP_STRIDE = 2  # pixels of a side of the squares that the convolutions over whole clips see as one place
+
 
 @dataclass(frozen=True)
 class FITConfig:
@@ -44,6 +46,8 @@ class FITConfig:
     pixel_width: int = 0  # channels of convolutions over pixels before the patches and after them; 0: none
     pixel_frames: int = 3  # that these convolutions span; 1 costs a third, where details are no matter of motion
     pixel_stride: int = 1  # squares of so many pixels, side by side in the channels, are what they see as one pixel
+    clip_width: int = 0  # channels of convolutions over places that see all frames at once, beside FIT; 0: none
+    cpu_bf16: bool = False  # on a CPU that has instructions for it, both kinds compute in bfloat16: half the time
     upsampler: bool = False  # reads a low-resolution video, concatenated to its input's channels
     checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass
 
@@ -60,7 +64,7 @@ class FITConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not (self.position_std > 0 and math.isfinite(self.position_std)):
             raise ValueError(f"position_std must be positive and finite, got {self.position_std}")
-        for name in ("global_layers", "pixel_width"):
+        for name in ("global_layers", "pixel_width", "clip_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.pixel_frames < 1 or not self.pixel_frames % 2:
@@ -69,6 +73,8 @@ class FITConfig:
             raise ValueError(f"pixel_stride must divide the patch's {self.patch[1]}x{self.patch[2]}, got {self.pixel_stride}")
         if self.pixel_stride > 1 and not self.pixel_width:
             raise ValueError("pixel_stride is of convolutions over pixels: it needs a pixel_width")
+        if self.clip_width and (any(side % CLIP_STRIDE for side in self.patch[1:]) or self.patch[0] > 1):
+            raise ValueError(f"clip_width needs patches of one frame and even sides, got {list(self.patch)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         for axis, size, patch, group in zip(("frames", "height", "width"), self.size, self.patch, self.group, strict=True):
@@ -76,8 +82,8 @@ class FITConfig:
                 raise ValueError(f"size: {axis} {size} does not divide into patches of {patch}")
             if (size // patch) % group:
                 raise ValueError(f"group: {axis} {size} has {size // patch} patches, which do not divide into groups of {group}")
-        if self.text_modulation and not (self.modulation or self.pixel_width):
-            raise ValueError("text_modulation needs something to modulate: modulation, or a pixel_width")
+        if self.text_modulation and not (self.modulation or self.pixel_width or self.clip_width):
+            raise ValueError("text_modulation needs something to modulate: modulation, a pixel_width, or a clip_width")
         if self.latent_tokens % self.groups:
             raise ValueError(f"latent_tokens {self.latent_tokens} do not divide among {self.groups} groups")
         for name, inner, head in (

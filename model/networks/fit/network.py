@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from model.networks.conditioning import Conditioning, ConditioningTokens
 from model.networks.fit import transfer
-from model.networks.fit.beyond import Modulation, PatchConvolution, PixelBlock, TextPooling
+from model.networks.fit.beyond import ClipBlock, Modulation, PatchConvolution, PixelBlock, TextPooling
 from model.networks.fit.config import FITConfig
 from model.networks.layers import Attention, FeedForward, init_linear
 from model.networks.network import Block, Network, NetworkOutput, check_inputs
@@ -137,9 +137,12 @@ class FIT(Network):
             config.text_width, config.conditioning_width, config.upsampler, config.text_standardised
         )
         # Without it no bound holds on what scales, multiplied with each other, make of a noise level that training never drew.
-        self.embedding_norm = nn.RMSNorm(config.conditioning_width) if config.modulation or width else nn.Identity()
+        self.embedding_norm = (
+            nn.RMSNorm(config.conditioning_width) if config.modulation or width or config.clip_width else nn.Identity()
+        )
         self.text_pooling = TextPooling(config.conditioning_width) if config.text_modulation else None
         self.pixel_stem = PixelBlock(config, inputs, width) if width else None
+        self.clip = ClipBlock(config, config.channels * (2 if config.upsampler else 1)) if config.clip_width else None
         self.stem = nn.Linear((width or inputs) * pixels, config.patch_width)
         self.position = PatchPosition(config)
         self.latents = nn.Parameter(torch.empty(config.latent_tokens, config.latent_width))
@@ -180,10 +183,11 @@ class FIT(Network):
         embedding = functional.silu(self.embedding_norm(tokens[:, length:].sum(dim=1)))
         if self.text_pooling:
             embedding = torch.cat([embedding, self.text_pooling(tokens[:, :length], mask[:, :length])], dim=1)
+        painted, told = self.clip(video, embedding) if self.clip else (None, 0.0)
         video = self._to_cells(video)
         if self.pixel_stem:
             video = self.pixel_stem(video, embedding)
-        patches = self._to_groups(self.stem(self._to_patches(video)) + self.position())
+        patches = self._to_groups(self.stem(self._to_patches(video)) + self.position() + told)
         if self.stem_modulation:
             patches = self.stem_modulation(patches, embedding)
 
@@ -200,7 +204,8 @@ class FIT(Network):
         output = self._to_video(self.head(patches))
         if self.pixel_head:
             output = self.pixel_head(torch.cat([output, video.to(output.dtype)], dim=-1), embedding)
-        return NetworkOutput(self._from_cells(output), state)
+        output = self._from_cells(output)
+        return NetworkOutput(output if painted is None else output + painted, state)
 
     def _to_cells(self, video: Tensor) -> Tensor:
         s = self.config.pixel_stride

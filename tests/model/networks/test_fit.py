@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from model.networks import catalogue
+from model.networks import catalogue, layers
 from model.networks.conditioning import Conditioning
-from model.networks.fit.beyond import Modulation, PatchConvolution, PixelBlock
+from model.networks.fit.beyond import ClipBlock, Modulation, PatchConvolution, PixelBlock
 from model.networks.fit.config import FITConfig
 from model.networks.fit.network import FIT
 
@@ -221,6 +221,58 @@ def test_squares_of_pixels_come_back_as_they_were(tiny, video) -> None:
     assert torch.equal(network._from_cells(cells), clip)
 
 
+@pytest.mark.parametrize("patch", [(1, 2, 2), (1, 4, 4)])
+def test_a_clip_block_is_three_convolutions_of_squares_with_all_frames_as_channels(tiny, patch: tuple[int, int, int]) -> None:
+    config = replace(tiny, clip_width=6, modulation=True, patch=patch, group=(4, 2, 3))
+    block, video, embedding = ClipBlock(config, 6), torch.randn(2, 4, 6, 8, 12), torch.randn(2, config.embedding_width)
+    layers.reset_parameters(block)
+    block.double()
+
+    def modulated(layer: Modulation, x: Tensor) -> Tensor:  # x (B, C, H, W)
+        scale, shift = layer.scale_shift(embedding.double())[..., None, None].chunk(2, dim=1)
+        return functional.silu(x * (1 + scale) + shift)
+
+    first = modulated(block.input_modulation, block.input(functional.pixel_unshuffle(video.double().flatten(1, 2), 2)))
+    second = modulated(block.middle_modulation, first + block.middle(first))
+    painted, told = block(video.double(), embedding.double())
+    torch.testing.assert_close(painted, functional.pixel_shuffle(block.output(second), 2).unflatten(1, (4, 3)))
+    side = patch[1] // 2
+    for row, column in ((0, 0), (1, 2)):  # of the patches
+        squares = second[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
+        expected = block.patches(squares.permute(0, 2, 3, 1).flatten(1))
+        grid = told.unflatten(1, config.grid)
+        for frame in range(4):
+            torch.testing.assert_close(grid[:, frame, row, column], expected)
+
+
+def test_a_clip_block_carries_what_one_frame_shows_to_the_others(tiny, video, conditioning) -> None:
+    network, clip, told = build(replace(tiny, clip_width=6)), video(1, tiny), conditioning(1)
+    with torch.no_grad():
+        network.head.weight.zero_()
+    changed = clip.clone()
+    changed[0, 3] += 1
+    moved = (network(changed, told).video - network(clip, told).video).abs().amax(dim=(0, 2, 3, 4))
+    assert (moved > 1e-6).all() and len(moved) == 4
+
+
+def test_convolutions_in_bfloat16_give_nearly_the_same_and_leave_the_rest_in_float32(tiny, video, conditioning) -> None:
+    config = replace(tiny, pixel_width=6, clip_width=6)
+    network, lowered = build(config).float(), build(replace(config, cpu_bf16=True)).float()
+    lowered.load_state_dict(network.state_dict())
+    clip, told = video(2, tiny).float(), conditioning(2)
+    for one in (network, lowered):
+        one(clip, told).video.square().mean().backward()
+    given, expected = lowered(clip, told).video, network(clip, told).video
+    assert given.dtype == torch.float32
+    assert torch.equal(given, expected) != torch.cpu._is_avx512_bf16_supported()
+    torch.testing.assert_close(given, expected, rtol=0, atol=0.02 * float(expected.std()))
+    for (name, weight), other in zip(network.named_parameters(), lowered.parameters(), strict=True):
+        assert (weight.grad is None) == (other.grad is None), name
+        if weight.grad is not None and other.grad is not None:
+            assert other.grad.dtype == torch.float32
+            assert float((other.grad - weight.grad).norm()) <= 0.05 * float(weight.grad.norm()), name
+
+
 @pytest.mark.parametrize(("modulation", "text_modulation"), [(False, False), (True, False), (True, True)])
 def test_with_modulation_patches_hear_the_scalars_and_the_text_without_latents(
     tiny, video, conditioning, modulation: bool, text_modulation: bool
@@ -295,6 +347,8 @@ def test_the_start_is_tame(tiny, video, conditioning) -> None:
         ({"pixel_width": 6, "pixel_frames": 2}, "^pixel_frames must be odd and at least 1, got 2"),
         ({"pixel_width": 6, "pixel_stride": 3}, "^pixel_stride must divide the patch's 2x2, got 3"),
         ({"pixel_stride": 2}, "^pixel_stride is of convolutions over pixels"),
+        ({"clip_width": -1}, "^clip_width must not be negative"),
+        ({"clip_width": 6, "patch": (2, 2, 2), "group": (2, 2, 3)}, "^clip_width needs patches of one frame"),
         ({"dropout": 1.0}, "^dropout must be in"),
         ({"text_modulation": True}, "^text_modulation needs something to modulate"),
     ],
