@@ -108,7 +108,7 @@ def draw(runs: dict[str, dict[str, Curve]], path: Path) -> None:
             row[1].plot(*metrics[key], "--" if kind == "images" else "-", marker=".", color=colour, label=label)
         row[1].set(title="held-out loss by noise band; dashed: images", xlabel="step", yscale="log")
         if colours:
-            row[1].legend(fontsize=8)
+            row[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         for axes in row:
             axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)

@@ -377,12 +377,14 @@ def _draw(points: Sequence[Guided], path: Path) -> None:
     for name in WORDS:
         left.plot(weights, [100 * point.right.get(name, math.nan) for point in points], marker="o", label=name)
     left.set(xlabel="guidance", ylabel="right, %", ylim=(0, 102))
-    left.legend()
+    left.legend(loc="lower left")
     right.plot(weights, [point.distance for point in points], marker="o")
-    right.set(xlabel="guidance", ylabel="Frechet distance of simple features", yscale="log")
+    right.set(xlabel="guidance", ylabel="Frechet distance of simple features", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
+        axes.set_xticks(weights, [f"{weight:g}" for weight in weights], minor=False)
+        axes.minorticks_off()
     figure.savefig(path, dpi=120)
 
 
