@@ -71,16 +71,17 @@ def test_what_is_measured_against_is_right_and_a_second_start_runs_nothing_again
     assert again.returncode == 0 and again.stdout.count("done before") == 10
 
 
-# 1.3 times the losses of runs of this seed on 2 cores (0.126, 0.036, 0.027, 0.031, 0.039, 0.054): a change that learns worse
-# exceeds them. The first is of levels down to 0.05, the others of a run that drew more of theirs.
+# 1.3 times the losses of a run of this seed on 2 cores (0.109, 0.032, 0.022, 0.026, 0.034, 0.052): a change that learns worse
+# exceeds them.
 BOUNDS = {
-    "sigma_below_0.5": 0.164,
-    "sigma_0.5_to_1": 0.047,
-    "sigma_1_to_2": 0.035,
-    "sigma_2_to_4": 0.040,
-    "sigma_4_to_8": 0.051,
-    "sigma_above_8": 0.070,
+    "sigma_below_0.5": 0.142,
+    "sigma_0.5_to_1": 0.042,
+    "sigma_1_to_2": 0.029,
+    "sigma_2_to_4": 0.034,
+    "sigma_4_to_8": 0.044,
+    "sigma_above_8": 0.067,
 }
+LEAST = {"background": 0.8, "colour": 0.6}  # share right of 36 clips, of which all and 31 were in the same run
 
 
 @pytest.mark.slow
@@ -91,8 +92,8 @@ def test_two_minutes_of_training_learn_what_they_learnt(learned: tuple[Path, dic
     assert all(len(curve) == 2 and curve[1] < curve[0] for curve in losses.values()), losses
     assert {band: curve[1] for band, curve in losses.items() if curve[1] > BOUNDS[band]} == {}
     found = json.loads((folder / "learned" / "learned.json").read_text())
-    background = [found[name]["stage1"]["rates"]["background"] for name in ("seen", "new")]
-    assert sum(rate["right"] for rate in background) >= 0.8 * 36
+    for what, least in LEAST.items():
+        assert sum(found[name]["stage1"]["rates"][what]["right"] for name in ("seen", "new")) >= least * 36, what
     for level in found["denoising"][-2:]:  # in much noise only the caption says what the background is
         assert level["noise"] >= 4 and level["shuffled"] > 2 * level["error"], level
 
