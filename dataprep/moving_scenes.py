@@ -75,9 +75,9 @@ def _draw_pair(rng: np.random.Generator, seconds: float) -> Scene:
     ground, *colours = _three_colours(rng)
     figures = []
     for x, colour in zip((-BESIDE, BESIDE), colours, strict=True):
-        up = MOTIONS[str(rng.choice(["up", "down", "still"]))][1] * SPEED
+        velocity = MOTIONS[str(rng.choice(["up", "down", "still"]))][1] * SPEED  # downwards
         shape = str(rng.choice(SIMPLE_SHAPES))
-        figures.append(Figure(shape, colour, float(rng.uniform(*DIAMETERS)), (x, -up * seconds / 2), (0.0, up)))
+        figures.append(Figure(shape, colour, float(rng.uniform(*DIAMETERS)), (x, -velocity * seconds / 2), (0.0, velocity)))
     return Scene(tuple(figures), Background("plain", (ground,)))
 
 

@@ -9,12 +9,14 @@ diagonals of the spectrum, with the phases pi (cx + cy) / CELL and pi (cx - cy) 
 Shapes: T frames, H height, W width.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 CELL = 0.25  # side of a square, stage heights; that dataprep draws the same is tested
 BIN = 32  # levels of a channel
+BINS = 256 // BIN
 ALIKE = 60.0  # RGB levels within which pixels are of one colour
 MIN_SHARE = 0.15  # of the pixels that each of the two colours must have; mixtures at the squares' edges have neither
 MIN_STRENGTH = 0.4  # of the fundamental, relative to that of a whole board
@@ -60,9 +62,10 @@ def find(frames: np.ndarray, unit: float) -> Checkerboard | None:
         return None
     places = np.stack([sums[0] + sums[1], sums[0] - sums[1]], axis=1) / 2
     # The objects have moved the phases a little.
-    for reach in STEPS:
-        for axis in (0, 1):
-            places[:, axis] += _closest(share, behind, (x, y), places, axis, reach * np.arange(-4, 5), unit)
+    for reach, axis in itertools.product(STEPS, np.eye(2)):
+        tried = np.stack([places + number * reach * axis for number in range(-4, 5)])
+        misfits = [((behind * (_board((x, y), moved, unit) - share)) ** 2).sum(axis=(1, 2)) for moved in tried]
+        places = tried[np.argmin(misfits, axis=0), np.arange(len(places))]
     # Any mixture of the two is the board, though compression and scaling blur its edges; behind objects it is what was drawn.
     board = np.where(behind, share, _board((x, y), places, unit))
     return Checkerboard(colours, places, (middle + board[..., None] * step).astype(np.float32))
@@ -74,33 +77,14 @@ def _board(sides: tuple[np.ndarray, np.ndarray], places: np.ndarray, unit: float
     return rows[:, :, None] * columns[:, None, :]
 
 
-def _closest(
-    share: np.ndarray,
-    behind: np.ndarray,
-    sides: tuple[np.ndarray, np.ndarray],
-    places: np.ndarray,
-    axis: int,
-    steps: np.ndarray,
-    unit: float,
-) -> np.ndarray:
-    """(T,) the step along an axis by which the board agrees best with what is seen of it."""
-    misfits = []
-    for step in steps:
-        moved = places.copy()
-        moved[:, axis] += step
-        misfits.append((np.where(behind, _board(sides, moved, unit) - share, 0) ** 2).sum(axis=(1, 2)))
-    closest: np.ndarray = steps[np.argmin(misfits, axis=0)]
-    return closest
-
-
 def _two_colours(pixels: np.ndarray) -> np.ndarray | None:
     """(2, 3) the two colours that most of the (N, 3) pixels have."""
     found, left = [], pixels
     for _ in range(2):
         if len(left) < MIN_SHARE * len(pixels):
             return None
-        bins, counts = np.unique((left // BIN).astype(int), axis=0, return_counts=True)
-        about = (bins[counts.argmax()] + 0.5) * BIN
+        bins = (left // BIN).astype(int) @ (BINS**2, BINS, 1)
+        about = (np.array(np.unravel_index(np.bincount(bins).argmax(), (BINS,) * 3)) + 0.5) * BIN
         near = np.linalg.norm(left - about, axis=1) < ALIKE / 2
         colour = np.median(left[near], axis=0)
         near = np.linalg.norm(left - colour, axis=1) < ALIKE

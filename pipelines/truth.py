@@ -114,8 +114,11 @@ def read(frames: np.ndarray, frame_rate: float, stage: float | None = None) -> R
         )
     unit = float(stage or frames.shape[1])
     board = checkerboard.find(frames, unit)
-    ground = np.median(frames.reshape(-1, 3), axis=0).astype(np.float32) if board is None else board.ground
-    names = [_name(colour) for colour in ([ground] if board is None else board.colours)]
+    if board is None:
+        ground = np.median(frames.reshape(-1, 3), axis=0).astype(np.float32)
+        names, camera = [_name(ground)], np.zeros((len(frames), 2))
+    else:
+        ground, names, camera = board.ground, [_name(colour) for colour in board.colours], board.places
     difference = frames.astype(np.float32) - ground
     stands_out = np.linalg.norm(difference, axis=-1) > CONTRAST
     if board is not None:  # compression that halves the resolution of colours makes others along the squares' edges
@@ -124,7 +127,6 @@ def read(frames: np.ndarray, frame_rate: float, stage: float | None = None) -> R
         return Reading(None, None, (), None)
     labels, values = _colours(frames, difference, stands_out, names, MIN_AREA * unit**2)
     owner, coverage = _shares(difference, [value - ground for value in values])
-    camera = np.zeros((len(frames), 2)) if board is None else board.places
     times = np.arange(len(frames)) / frame_rate
     objects, counts = [], np.zeros(len(frames), int)
     for k, name in enumerate(labels):

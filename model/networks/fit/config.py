@@ -82,7 +82,7 @@ class FITConfig:
                 raise ValueError(f"size: {axis} {size} does not divide into patches of {patch}")
             if (size // patch) % group:
                 raise ValueError(f"group: {axis} {size} has {size // patch} patches, which do not divide into groups of {group}")
-        if self.text_modulation and not (self.modulation or self.pixel_width or self.clip_width):
+        if self.text_modulation and not self.modulates:
             raise ValueError("text_modulation needs something to modulate: modulation, a pixel_width, or a clip_width")
         if self.latent_tokens % self.groups:
             raise ValueError(f"latent_tokens {self.latent_tokens} do not divide among {self.groups} groups")
@@ -93,6 +93,11 @@ class FITConfig:
         ):
             if inner % head:
                 raise ValueError(f"{name} {head} does not divide the attention's inner width {inner}")
+
+    @property
+    def modulates(self) -> bool:
+        """Whether anything is modulated."""
+        return bool(self.modulation or self.pixel_width or self.clip_width)
 
     @property
     def embedding_width(self) -> int:

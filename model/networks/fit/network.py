@@ -137,9 +137,7 @@ class FIT(Network):
             config.text_width, config.conditioning_width, config.upsampler, config.text_standardised
         )
         # Without it no bound holds on what scales, multiplied with each other, make of a noise level that training never drew.
-        self.embedding_norm = (
-            nn.RMSNorm(config.conditioning_width) if config.modulation or width or config.clip_width else nn.Identity()
-        )
+        self.embedding_norm = nn.RMSNorm(config.conditioning_width) if config.modulates else nn.Identity()
         self.text_pooling = TextPooling(config.conditioning_width) if config.text_modulation else None
         self.pixel_stem = PixelBlock(config, inputs, width) if width else None
         self.clip = ClipBlock(config, config.channels * (2 if config.upsampler else 1)) if config.clip_width else None

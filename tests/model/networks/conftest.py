@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from model.networks import catalogue
 from model.networks.catalogue import NetworkConfig
+from model.networks.fit.config import FITConfig
+from model.networks.fit.network import FIT
 from model.networks.network import Network
 
 
@@ -33,6 +35,21 @@ def loud() -> Callable[[nn.Module], nn.Module]:
 def build(loud: Callable[[nn.Module], nn.Module]) -> Callable[[NetworkConfig], Network]:
     """``build(config)``: the network, loud."""
     return lambda config: loud(catalogue.build(config))
+
+
+@pytest.fixture
+def build_fit() -> Callable[[FITConfig], FIT]:
+    """``build_fit(config)``: as it starts, but in float64, so that what must not matter differs by nothing but rounding, and with
+    self-conditioning heard."""
+
+    def build_fit(config: FITConfig) -> FIT:
+        torch.manual_seed(0)
+        network = catalogue.build(config)
+        assert isinstance(network, FIT)
+        nn.init.normal_(network.self_conditioning_norm.weight)
+        return network.double()
+
+    return build_fit
 
 
 @pytest.fixture

@@ -4,19 +4,14 @@ import itertools
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from model.networks import catalogue, layers
+from model.networks import catalogue
 from model.networks.conditioning import Conditioning
-from model.networks.fit.beyond import ClipBlock, Modulation, PatchConvolution, PixelBlock
 from model.networks.fit.config import FITConfig
-from model.networks.fit.network import FIT
 
 # The columns of Table 8. The padded heights and the groups' order (T x H x W) are as the specification reads them.
 FIT_500M = FITConfig()
@@ -24,15 +19,6 @@ FIT_3900M = FITConfig(
     patch_width=1024, latent_tokens=768, latent_width=3072, patch_head_width=64, latent_head_width=128, conditioning_width=1024
 )
 FIT_3900M_UP = replace(FIT_3900M, size=(16, 288, 512), group=(16, 18, 16), position="factorised", upsampler=True)
-
-
-def build(config: FITConfig) -> FIT:
-    """In float64, so that what must not matter differs by nothing but rounding; self-conditioning is heard."""
-    torch.manual_seed(0)
-    network = catalogue.build(config)
-    assert isinstance(network, FIT)
-    nn.init.normal_(network.self_conditioning_norm.weight)
-    return network.double()
 
 
 def previous(batch: int, config: FITConfig) -> Tensor:
@@ -84,9 +70,9 @@ def test_a_full_table_of_positions_would_exceed_the_published_upsampler() -> Non
 
 
 @pytest.mark.parametrize("long", [4, 2])  # frames per group: all of them, as in the paper, or half
-def test_patches_are_in_reading_order_and_groups_are_boxes(tiny, video, long: int) -> None:
+def test_patches_are_in_reading_order_and_groups_are_boxes(build_fit, tiny, video, long: int) -> None:
     config = replace(tiny, group=(long, 2, 3))
-    network, clip = build(config), video(2, config)
+    network, clip = build_fit(config), video(2, config)
     (frames, rows, columns), (_, high, wide) = config.grid, config.group
     patches = network._to_patches(network._to_cells(clip))
     groups = network._to_groups(patches)
@@ -103,18 +89,18 @@ def test_patches_are_in_reading_order_and_groups_are_boxes(tiny, video, long: in
 @pytest.mark.parametrize(
     "shape", [((4, 8, 12), (1, 2, 2), (4, 2, 3)), ((4, 6, 4), (2, 3, 2), (1, 2, 1)), ((2, 4, 4), (1, 1, 1), (2, 4, 4))]
 )
-def test_unpatching_inverts_patching(tiny, video, shape: tuple[tuple[int, int, int], ...]) -> None:
+def test_unpatching_inverts_patching(build_fit, tiny, video, shape: tuple[tuple[int, int, int], ...]) -> None:
     size, patch, group = shape
     config = replace(tiny, size=size, patch=patch, group=group, latent_tokens=48)
-    network, clip = build(config), video(3, config)
+    network, clip = build_fit(config), video(3, config)
     groups = network._to_groups(network._to_patches(network._to_cells(clip)))
     assert torch.equal(network._from_cells(network._to_video(groups)), clip)
 
 
 @pytest.mark.parametrize("std", [1.0, 0.1])
 @pytest.mark.parametrize("position", ["full", "factorised"])
-def test_every_patch_has_a_position_of_its_own_and_of_the_configured_spread(tiny, position: str, std: float) -> None:
-    table = build(replace(tiny, position=position, position_std=std, patch_width=160)).position().detach()
+def test_every_patch_has_a_position_of_its_own_and_of_the_configured_spread(build_fit, tiny, position: str, std: float) -> None:
+    table = build_fit(replace(tiny, position=position, position_std=std, patch_width=160)).position().detach()
     assert table.shape == (96, 160)
     assert float(table.std()) == pytest.approx(std, rel=0.05)
     assert len(torch.unique(table, dim=0)) == 96
@@ -124,8 +110,10 @@ def test_every_patch_has_a_position_of_its_own_and_of_the_configured_spread(tiny
 
 
 @pytest.mark.parametrize("head_norm", [True, False])
-def test_without_a_head_norm_what_the_stem_reads_reaches_the_head_as_it_is(tiny, video, conditioning, head_norm: bool) -> None:
-    network, told = build(replace(tiny, head_norm=head_norm)), conditioning(1)
+def test_without_a_head_norm_what_the_stem_reads_reaches_the_head_as_it_is(
+    build_fit, tiny, video, conditioning, head_norm: bool
+) -> None:
+    network, told = build_fit(replace(tiny, head_norm=head_norm)), conditioning(1)
     clip = video(1, tiny)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -139,9 +127,11 @@ def test_without_a_head_norm_what_the_stem_reads_reaches_the_head_as_it_is(tiny,
 
 
 @pytest.mark.parametrize("global_layers", [0, 1])
-def test_reads_and_writes_stay_in_their_group_and_global_layers_mix(tiny, video, conditioning, global_layers: int) -> None:
+def test_reads_and_writes_stay_in_their_group_and_global_layers_mix(
+    build_fit, tiny, video, conditioning, global_layers: int
+) -> None:
     config = replace(tiny, global_layers=global_layers)
-    network, clip, told = build(config), video(1, config), conditioning(1)
+    network, clip, told = build_fit(config), video(1, config), conditioning(1)
     before = network(clip, told).video
     changed = clip.clone()
     changed[0, 2, 1, 5, 3] += 1  # in the lower left group: rows 4 to 7, columns 0 to 5
@@ -152,145 +142,8 @@ def test_reads_and_writes_stay_in_their_group_and_global_layers_mix(tiny, video,
     assert bool(moved[..., ~inside].any()) == (global_layers > 0)
 
 
-@pytest.mark.parametrize("group", [(4, 2, 3), (2, 4, 3)])
-def test_a_convolution_is_over_the_grid_of_patches_whatever_the_groups(tiny, group: tuple[int, int, int]) -> None:
-    config = replace(tiny, group=group)
-    network, layer = build(config), PatchConvolution(config, gain=0.5).double()
-    layer.reset_parameters()
-    assert float(layer.convolution.weight.detach().std()) == pytest.approx(0.5 / math.sqrt(27), rel=0.1)
-    nn.init.normal_(layer.convolution.bias)
-    patches = torch.randn(2, config.patch_tokens, config.patch_width, dtype=torch.float64)
-    expected = torch.empty_like(patches)
-    frames, rows, columns = config.grid
-    for channel in range(config.patch_width):
-        grid = patches[..., channel].reshape(2, frames, rows, columns).numpy()
-        kernel = layer.convolution.weight[channel, 0].detach().numpy()
-        found = np.stack([ndimage.correlate(one, kernel, mode="constant") for one in grid])
-        expected[..., channel] = torch.from_numpy(found).flatten(1) + layer.convolution.bias[channel].detach()
-    torch.testing.assert_close(layer(network._to_groups(patches)), network._to_groups(expected))
-
-
-def test_with_convolutions_neighbours_meet_without_latents(tiny, video, conditioning) -> None:
-    config = replace(tiny, global_layers=0, convolution=True, blocks=2)
-    network, clip, told = build(config), video(1, config), conditioning(1)
-    changed = clip.clone()
-    changed[0, 2, 1, 5, 3] += 1  # in row 2, column 1 of the patches, in a group of rows 2 and 3, columns 0 to 2
-    moved = (network(changed, told).video - network(clip, told).video).abs() > 1e-9
-    outside = moved.amax(dim=(0, 1, 2))
-    assert outside[2:4].any()  # row 1, in the group above
-    assert outside[:, 6:8].any()  # column 3, in the group to the right
-
-
-def test_a_pixel_block_is_two_convolutions_beside_a_1x1_one(tiny) -> None:
-    config = replace(tiny, pixel_width=6, modulation=True)
-    block, video, embedding = PixelBlock(config, 5, 2), torch.randn(2, 4, 8, 12, 5), torch.randn(2, config.embedding_width)
-    block.apply(lambda module: module.reset_parameters() if isinstance(module, (PixelBlock, Modulation)) else None)
-    block.double()
-
-    def modulated(layer: Modulation, x: Tensor) -> Tensor:  # x (B, C, T, H, W)
-        scale, shift = layer.scale_shift(embedding.double())[..., None, None, None].chunk(2, dim=1)
-        return x * (1 + scale) + shift
-
-    x = modulated(block.input_modulation, video.double().permute(0, 4, 1, 2, 3))
-    expected = block.skip(x) + block.output(modulated(block.modulation, functional.silu(block.input(x))))
-    torch.testing.assert_close(block(video.double(), embedding.double()), expected.permute(0, 2, 3, 4, 1))
-
-
-@pytest.mark.parametrize(("frames", "stride"), [(3, 1), (1, 1), (1, 2)])
-def test_pixels_pass_beside_the_stream_within_their_neighbourhood(tiny, video, conditioning, frames: int, stride: int) -> None:
-    config = replace(tiny, pixel_width=6, pixel_frames=frames, pixel_stride=stride)
-    network, clip, told = build(config), video(1, tiny), conditioning(1)
-    with torch.no_grad():
-        network.head.weight.zero_()
-    changed = clip.clone()
-    changed[0, 2, 1, 3, 5] += 1
-    moved = ((network(changed, told).video - network(clip, told).video).abs() > 1e-9).any(dim=2)[0]
-    near = torch.zeros(4, 8, 12, dtype=torch.bool)
-    reached = slice(None) if frames == 3 else slice(2, 3)  # four convolutions of three frames reach all four
-    near[reached, :8, 1:10] = True
-    if stride == 2:
-        near[reached] = True  # four convolutions reach four squares of 2x2 pixels to either side
-    assert torch.equal(moved, near)
-
-
-def test_squares_of_pixels_come_back_as_they_were(tiny, video) -> None:
-    network, clip = build(replace(tiny, pixel_width=6, pixel_stride=2)), video(2, tiny)
-    cells = network._to_cells(clip)
-    assert cells.shape == (2, 4, 4, 6, 12)
-    torch.testing.assert_close(cells[1, 3, 2, 1, 4:8], clip[1, 3, 1, 4:6, 2:4].flatten(), rtol=0, atol=0)
-    assert torch.equal(network._from_cells(cells), clip)
-
-
-@pytest.mark.parametrize("patch", [(1, 2, 2), (1, 4, 4)])
-def test_a_clip_block_is_three_convolutions_of_squares_with_all_frames_as_channels(tiny, patch: tuple[int, int, int]) -> None:
-    config = replace(tiny, clip_width=6, modulation=True, patch=patch, group=(4, 2, 3))
-    block, video, embedding = ClipBlock(config, 6), torch.randn(2, 4, 6, 8, 12), torch.randn(2, config.embedding_width)
-    layers.reset_parameters(block)
-    block.double()
-
-    def modulated(layer: Modulation, x: Tensor) -> Tensor:  # x (B, C, H, W)
-        scale, shift = layer.scale_shift(embedding.double())[..., None, None].chunk(2, dim=1)
-        return functional.silu(x * (1 + scale) + shift)
-
-    first = modulated(block.input_modulation, block.input(functional.pixel_unshuffle(video.double().flatten(1, 2), 2)))
-    second = modulated(block.middle_modulation, first + block.middle(first))
-    painted, told = block(video.double(), embedding.double())
-    torch.testing.assert_close(painted, functional.pixel_shuffle(block.output(second), 2).unflatten(1, (4, 3)))
-    side = patch[1] // 2
-    for row, column in ((0, 0), (1, 2)):  # of the patches
-        squares = second[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
-        expected = block.patches(squares.permute(0, 2, 3, 1).flatten(1))
-        grid = told.unflatten(1, config.grid)
-        for frame in range(4):
-            torch.testing.assert_close(grid[:, frame, row, column], expected)
-
-
-def test_a_clip_block_carries_what_one_frame_shows_to_the_others(tiny, video, conditioning) -> None:
-    network, clip, told = build(replace(tiny, clip_width=6)), video(1, tiny), conditioning(1)
-    with torch.no_grad():
-        network.head.weight.zero_()
-    changed = clip.clone()
-    changed[0, 3] += 1
-    moved = (network(changed, told).video - network(clip, told).video).abs().amax(dim=(0, 2, 3, 4))
-    assert (moved > 1e-6).all() and len(moved) == 4
-
-
-def test_convolutions_in_bfloat16_give_nearly_the_same_and_leave_the_rest_in_float32(tiny, video, conditioning) -> None:
-    config = replace(tiny, pixel_width=6, clip_width=6)
-    network, lowered = build(config).float(), build(replace(config, cpu_bf16=True)).float()
-    lowered.load_state_dict(network.state_dict())
-    clip, told = video(2, tiny).float(), conditioning(2)
-    for one in (network, lowered):
-        one(clip, told).video.square().mean().backward()
-    given, expected = lowered(clip, told).video, network(clip, told).video
-    assert given.dtype == torch.float32
-    assert torch.equal(given, expected) != torch.cpu._is_avx512_bf16_supported()
-    torch.testing.assert_close(given, expected, rtol=0, atol=0.02 * float(expected.std()))
-    for (name, weight), other in zip(network.named_parameters(), lowered.parameters(), strict=True):
-        assert (weight.grad is None) == (other.grad is None), name
-        if weight.grad is not None and other.grad is not None:
-            assert other.grad.dtype == torch.float32
-            assert float((other.grad - weight.grad).norm()) <= 0.05 * float(weight.grad.norm()), name
-
-
-@pytest.mark.parametrize(("modulation", "text_modulation"), [(False, False), (True, False), (True, True)])
-def test_with_modulation_patches_hear_the_scalars_and_the_text_without_latents(
-    tiny, video, conditioning, modulation: bool, text_modulation: bool
-) -> None:
-    config = replace(tiny, modulation=modulation, text_modulation=text_modulation)
-    network, clip, told = build(config), video(1, tiny), conditioning(1)
-    with torch.no_grad():
-        for block in network.blocks:
-            block.write.output.weight.zero_()
-    other = replace(told, text=torch.randn_like(told.text), text_mask=torch.ones_like(told.text_mask))
-    before = network(clip, told).video
-    assert torch.equal(network(clip, other).video, before) != text_modulation
-    louder = network(clip, replace(told, c_noise=told.c_noise + 1)).video
-    assert bool((louder - before).abs().max() > 1e-6) == modulation
-
-
-def test_self_conditioning_is_silent_at_first_then_heard(tiny, video, conditioning) -> None:
-    network, clip, told = build(tiny), video(2, tiny), conditioning(2)
+def test_self_conditioning_is_silent_at_first_then_heard(build_fit, tiny, video, conditioning) -> None:
+    network, clip, told = build_fit(tiny), video(2, tiny), conditioning(2)
     first = network(clip, told).video
     torch.testing.assert_close(network(clip, told, torch.zeros(2, 8, 24, dtype=torch.float64)).video, first, rtol=0, atol=0)
     assert (network(clip, told, previous(2, tiny)).video - first).abs().max() > 1e-6
@@ -299,8 +152,8 @@ def test_self_conditioning_is_silent_at_first_then_heard(tiny, video, conditioni
     assert torch.equal(fresh(clip, told, previous(2, tiny)).video, fresh(clip, told).video)
 
 
-def test_the_pass_for_latents_gives_the_latents_of_the_full_pass(tiny, video, conditioning) -> None:
-    network, clip, told = build(tiny), video(2, tiny), conditioning(2)
+def test_the_pass_for_latents_gives_the_latents_of_the_full_pass(build_fit, tiny, video, conditioning) -> None:
+    network, clip, told = build_fit(tiny), video(2, tiny), conditioning(2)
     full = network(clip, told, previous(2, tiny))
     short = network(clip, told, previous(2, tiny), latents_only=True)
     assert short.video is None
@@ -309,9 +162,9 @@ def test_the_pass_for_latents_gives_the_latents_of_the_full_pass(tiny, video, co
     assert torch.equal(short.latents, full.latents)
 
 
-def test_an_upsampler_sees_its_low_resolution_video(tiny, video, conditioning) -> None:
+def test_an_upsampler_sees_its_low_resolution_video(build_fit, tiny, video, conditioning) -> None:
     config = replace(tiny, upsampler=True)
-    network, clip = build(config), video(2, config)
+    network, clip = build_fit(config), video(2, config)
     told = conditioning(2, low_resolution=video(2, config).flip(0), corruption=torch.zeros(2))
     before = network(clip, told).video
     assert (network(clip, replace(told, low_resolution=clip)).video - before).abs().max() > 1e-6
@@ -358,23 +211,23 @@ def test_shapes_that_do_not_divide_are_named(tiny, changes: dict[str, object], m
         replace(tiny, **changes)
 
 
-def test_low_resolution_input_of_another_shape_is_named(tiny, video, conditioning) -> None:
+def test_low_resolution_input_of_another_shape_is_named(build_fit, tiny, video, conditioning) -> None:
     clip, told = video(2, tiny), conditioning(2)
     with pytest.raises(ValueError, match="^low_resolution: "):
-        build(replace(tiny, upsampler=True))(clip, told)
-    upsampler = build(replace(tiny, upsampler=True))
+        build_fit(replace(tiny, upsampler=True))(clip, told)
+    upsampler = build_fit(replace(tiny, upsampler=True))
     with pytest.raises(ValueError, match="^low_resolution: "):
         upsampler(clip, replace(told, low_resolution=clip[:, :, :, :4], corruption=torch.zeros(2)))
 
 
-def test_each_block_is_sharded_on_its_own(tiny) -> None:
-    network = build(tiny)
+def test_each_block_is_sharded_on_its_own(build_fit, tiny) -> None:
+    network = build_fit(tiny)
     assert [name for name, module in network.named_modules() if network.fsdp_wrap_fn(module)] == ["blocks.0", "blocks.1"]
 
 
-def test_an_upsampler_compiles_whole_in_both_passes(tiny, video, conditioning) -> None:
+def test_an_upsampler_compiles_whole_in_both_passes(build_fit, tiny, video, conditioning) -> None:
     config = replace(tiny, upsampler=True, position="factorised")
-    network, x, latents = build(config), video(2, config), previous(2, config)
+    network, x, latents = build_fit(config), video(2, config), previous(2, config)
     told = conditioning(2, torch.float64, low_resolution=x.flip(0), corruption=torch.tensor([0.1, 0.2]).double())
     torch._dynamo.reset()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
