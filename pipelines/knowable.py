@@ -59,7 +59,7 @@ class Knowable:
     def __init__(self, location: str, frames: int, frame_rates: Sequence[float]) -> None:
         found = defaultdict[_Kind, list[Tensor]](list)
         told = {number: parse(caption) for number, caption in enumerate(captions(location))}
-        told = {number: truth for number, truth in told.items() if len(truth.objects) == 1}
+        told = {number: truth for number, truth in told.items() if _is_simple(truth)}
         for seed in range(WINDOWS):
             clips = RealClips(location, frames, frame_rates, seed)
             for number, truth in tqdm(told.items(), f"{location}, part {seed + 1} of {WINDOWS}", unit="clip", leave=False):
@@ -90,7 +90,11 @@ class Knowable:
         return posterior_mean(noisy, noise, alike.float(), truth.objects[0], truth.background)
 
     def _alike(self, truth: Truth, frame_rate: float) -> Tensor | None:
-        return self._coverages.get(_kind(truth.objects[0], frame_rate)) if len(truth.objects) == 1 else None
+        return self._coverages.get(_kind(truth.objects[0], frame_rate)) if _is_simple(truth) else None
+
+
+def _is_simple(truth: Truth) -> bool:
+    return len(truth.objects) == 1 and truth.background in COLOURS  # no checkerboard
 
 
 def _kind(said: Said, frame_rate: float) -> _Kind:

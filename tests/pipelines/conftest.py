@@ -92,6 +92,13 @@ def write_scenes(folder: Path, scenes: list[Scene], height: int, width: int, enc
 
 
 @pytest.fixture(scope="session")
+def wide_clips(tmp_path_factory: pytest.TempPathFactory, cascade_config: CascadeConfig) -> str:
+    """A data set of two objects and pans alone."""
+    scenes = list(itertools.islice(benchmark.scenes("wide", 1), 8))
+    return write_scenes(tmp_path_factory.mktemp("wide"), scenes, 6, 16, Cascade(cascade_config, "cpu").encoder)
+
+
+@pytest.fixture(scope="session")
 def learned_config(tmp_path_factory: pytest.TempPathFactory, cascade_config: CascadeConfig) -> LearnedConfig:
     """A cascade that has learnt nothing, and held-out clips of eight scenes, three of them of new combinations."""
     folder = tmp_path_factory.mktemp("learned")

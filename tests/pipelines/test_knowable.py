@@ -9,7 +9,7 @@ from dataprep import moving_scenes as benchmark
 from model.codec import from_pixels
 from model.config import UserError
 from pipelines import knowable
-from pipelines.clips import RealClips
+from pipelines.clips import RealClips, captions
 from pipelines.judge import Said, parse
 from pipelines.knowable import Knowable, colour, coverage, posterior_mean
 from pipelines.learned import LearnedConfig
@@ -75,6 +75,12 @@ def test_what_no_training_clip_tells(learned_config: LearnedConfig) -> None:
     assert known.tells("a red circle moves left on a blue background", 8)
     assert not known.tells("a red circle moves left on a blue background", 6)
     assert not known.tells("a red circle moves left and a green square moves left on a blue background", 8)
+
+
+def test_of_two_objects_and_of_pans_nothing_is_known(wide_clips: str) -> None:
+    known = Knowable(wide_clips, 4, (8,))
+    assert not known.tells("the camera pans left over a red circle on a blue and white checkerboard", 8)
+    assert not any(known.tells(caption, 8) for caption in captions(wide_clips))
 
 
 def test_no_more_is_decoded_than_is_kept(learned_config: LearnedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
