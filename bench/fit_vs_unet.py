@@ -2,7 +2,8 @@
 
 Times a training step (self-conditioning pass, forward, backward; the optimiser apart) and a sampling step (one evaluation of D,
 no guidance) of both networks on the same batch in the same precision. Rounds interleave the networks and a large matrix product,
-the machine's own peak, so that a slow minute hits all alike; medians are reported. FLOPs are counted (model/dry_run.py).
+the machine's own peak, so that a slow minute hits all alike; medians are reported. FLOPs are counted on
+the meta device (model/planning/meta_step.py).
 
 The paper's ratios on an A100 (Table 2): 3.31 in training, 4.49 in inference. Without a GPU: batch 1, float32, all cores; a minute
 and a half a round, since nothing is scaled down.
@@ -31,8 +32,8 @@ from bench.timing import name_of, seconds
 from model import config
 from model.denoiser import Denoiser
 from model.diffusion import edm
-from model.dry_run import Precision, StepCount, count_step
 from model.networks.conditioning import Conditioning
+from model.planning.meta_step import Precision, StepCount, count_step
 from model.train import TrainConfig
 
 YAMLS = Path(__file__).parents[1] / "yamls"

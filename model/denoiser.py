@@ -1,12 +1,10 @@
-"""The model that Composer trains: codec + network + loss, and the denoiser D that samplers call."""
+"""The model: codec + network + loss, and the denoiser D that samplers call. Imports torch and einops alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from composer.models import ComposerModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from model.codec import PixelCodec, PixelCodecConfig
@@ -78,7 +76,7 @@ class LossTerms:
     weight: Tensor | None = None  # (B,) of each sample's loss in the objective; None: 1
 
 
-class Denoiser(ComposerModel):
+class Denoiser(nn.Module):
     """A stage of the cascade.
 
     All parameters live in ``network``: one directly on this module would stay unsharded and unsynchronised.
@@ -88,8 +86,6 @@ class Denoiser(ComposerModel):
         device: where the network is built; "meta" allocates nothing.
     """
 
-    flops_per_batch: Callable[[Any], int]  # Composer's SpeedMonitor asks for it; set where a run is to log it
-
     def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
         super().__init__()
         self.config = config
@@ -97,15 +93,15 @@ class Denoiser(ComposerModel):
         self.network = catalogue.build(config.network, device)
         self.levels = LossLevels(config.diffusion) if config.uncertainty_weighting else None
 
-    def forward(self, batch: dict[str, Any]) -> LossTerms:
+    def forward(self, batch: dict[str, Any], draws: Draws | None = None) -> LossTerms:
         """The training objective on a batch: equation 3 of the paper, in the F form, which is stable at all sigma.
 
-        Noise and all else that is drawn comes from each sample's own ``seed``; dropout in the network does not.
+        All that is drawn comes from each sample's own ``seed``, or from ``draws``; dropout in the network does not.
 
         Raises:
             ValueError: media or text of another shape than configured, or (on the CPU) with values that are not finite.
         """
-        draws = Draws(batch["seed"], batch["video"].device)
+        draws = draws or Draws(batch["seed"], batch["video"].device)
         sigma = edm.training_sigma(draws.normal(), self.config.diffusion)
         terms = self._objective(batch, sigma, draws, self.config.text_dropout, self.config.self_conditioning)
         return replace(terms, weight=self.levels.weights(sigma)) if self.levels else terms
@@ -143,10 +139,8 @@ class Denoiser(ComposerModel):
         return LossTerms(process.effective_weight(sigma) * mean, sigma)
 
     def loss(self, outputs: LossTerms, batch: dict[str, Any]) -> Tensor:
+        """() what training minimises."""
         return (outputs.loss if outputs.weight is None else outputs.loss * outputs.weight).mean()
-
-    def eval_forward(self, batch: dict[str, Any], outputs: LossTerms | None = None) -> LossTerms:
-        return outputs if outputs is not None else self.forward(batch)
 
     def denoise(
         self, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, latents: Tensor | None

@@ -16,10 +16,10 @@ from model import finetuning
 from model.data import batch
 from model.data.batch import CHANNELS, PackedBatch
 from model.denoiser import Denoiser, ModelConfig
-from model.dry_run import flop_counter
 from model.faults import StepGuard
 from model.finetuning import FinetuneConfig
 from model.lamb import LAMB
+from model.planning.meta_step import flop_counter
 
 QUANTILES = (0.05, 0.5, 0.95)
 GIB = 2**30

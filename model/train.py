@@ -36,7 +36,6 @@ warnings.filterwarnings("ignore", message="TypedStorage is deprecated|FSDP2 Conf
 
 from model import (  # noqa: E402
     adapters,
-    budget,
     checkpoint,
     command,
     config,
@@ -50,11 +49,12 @@ from model import (  # noqa: E402
 )
 from model.balance import Balance  # noqa: E402
 from model.callbacks import ProgressBar, SamplesConfig, SampleVideos  # noqa: E402
+from model.composer_denoiser import ComposerDenoiser  # noqa: E402
 from model.data import dataset  # noqa: E402
 from model.data.dataset import DataConfig  # noqa: E402
 from model.data.samples import text_states  # noqa: E402
 from model.data.schema import Manifest  # noqa: E402
-from model.denoiser import Denoiser, ModelConfig  # noqa: E402
+from model.denoiser import ModelConfig  # noqa: E402
 from model.ema import EMA, EMAConfig  # noqa: E402
 from model.evaluation import Evaluation, EvaluationConfig, noise_bands  # noqa: E402
 from model.faults import FaultsConfig, StepGuard  # noqa: E402
@@ -62,6 +62,7 @@ from model.finetuning import FinetuneConfig  # noqa: E402
 from model.lamb import LAMBConfig  # noqa: E402
 from model.networks.conditioning import measure_text  # noqa: E402
 from model.optimizers import OptimizerConfig  # noqa: E402
+from model.planning import memory_plan  # noqa: E402
 from model.preemption import Preempted, Preemption  # noqa: E402
 from model.registry import PublishConfig, TrackingConfig  # noqa: E402
 from model.resume import CheckpointConfig, WholeCheckpoints  # noqa: E402
@@ -145,7 +146,7 @@ def train(c: TrainConfig) -> None:
         print(found, flush=True)
 
     loader = dataset.build_loader(c.data, c.global_batch, c.evaluation.held_out if c.evaluation else None)
-    denoiser = Denoiser(c.model, sharding.build_device())
+    denoiser = ComposerDenoiser(c.model, sharding.build_device())
     denoiser.network.shard_blocks = c.sharding.blocks
     new: list[str] = []
     if found.newest is None and dist.get_global_rank() == 0:
@@ -168,7 +169,7 @@ def train(c: TrainConfig) -> None:
     followers = [ema, Balance(denoiser.levels)] if denoiser.levels else [ema]
     guard = StepGuard(c.faults, c.clip_norm, followers, Path(c.folder, c.name, "faults"), checkpoints)
     precision = c.precision if device.name == "gpu" else "fp32"
-    planned = budget.count(replace(c, precision=precision), dist.get_world_size()).memory.total
+    planned = memory_plan.count(replace(c, precision=precision), dist.get_world_size()).memory.total
     callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates, memory, planned), *guard.followers]
     callbacks += [ProgressBar(c.name, c.schedule.steps)]
     callbacks += [LRMonitor(), SpeedMonitor(window_size=20)]

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from model import budget, command, config
+from model import command, config
 from model.config import UserError
+from model.planning import memory_plan
 from model.train import TrainConfig
 from pipelines.chain import MODULE, Busy, Progress, Stage, alone_in, trainer
 
@@ -130,7 +131,7 @@ def _steps(c: AblationsConfig, variant: VariantConfig) -> int:
     """As many optimiser steps as the compute allows."""
     told = config.load(TrainConfig, variant.train or c.train, _training(c, variant, c.seeds[0], 1))
     # Operations do not depend on the precision, and the count is of a GPU's step.
-    step = budget.count(told, gpus=c.processes).computation.step * told.global_batch
+    step = memory_plan.count(told, gpus=c.processes).computation.step * told.global_batch
     steps = int(c.teraflops * 1e12 / step)
     if steps < 1:
         raise UserError(f"{variant.name}: a step takes {step / 1e12:.2g} teraflops, more than the run's {c.teraflops:g}")

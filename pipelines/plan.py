@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from json import dumps
 
 from model import command
-from model.budget import Budget, Computation, Parameters, count
+from model.planning.memory_plan import Budget, Computation, Parameters, count
 from model.train import TrainConfig
 
 FLAGS = (

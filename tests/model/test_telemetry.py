@@ -18,9 +18,10 @@ from mlflow import MlflowClient
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from model import budget, config, telemetry, text
+from model import config, telemetry, text
 from model.finetuning import FinetuneConfig
 from model.lamb import LAMB, LAMBConfig
+from model.planning import memory_plan
 from model.telemetry import PeakMemory, Telemetry, TelemetryConfig
 from model.train import TrainConfig
 
@@ -33,14 +34,14 @@ def test_flops_are_those_of_the_plan_without_any_recomputation(yaml: str, last: 
     found = telemetry.flops_per_sample(c.model, c.data.max_tokens)
     plain = replace(c.model, network=replace(c.model.network, checkpoint_blocks=False))
     assert found == telemetry.flops_per_sample(plain, c.data.max_tokens)
-    planned = budget.count(c, gpus=2).computation
+    planned = memory_plan.count(c, gpus=2).computation
     # The plan counts the kernels of a GPU, whose fused attention recomputes its scores in the backward pass.
     assert 0.9 < found / (planned.step - planned.recomputation) <= 1
     without = replace(c.model, self_conditioning=0.0)
     assert found - telemetry.flops_per_sample(without, c.data.max_tokens) == planned.first_pass
     part = FinetuneConfig((last,))
     frozen = telemetry.flops_per_sample(c.model, c.data.max_tokens, part)
-    tuned = budget.count(replace(c, finetune=part, initialise_from="models:/base@best"), gpus=2).computation
+    tuned = memory_plan.count(replace(c, finetune=part, initialise_from="models:/base@best"), gpus=2).computation
     assert 0.9 < frozen / (tuned.step - tuned.recomputation) <= 1 and found - frozen > 0.9 * planned.backward
 
 

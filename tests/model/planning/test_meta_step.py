@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from model.codec import PixelCodecConfig
 from model.denoiser import Denoiser, ModelConfig, UpsamplerConfig
-from model.dry_run import GPUSemantics, Meter, StepCount, count_step, flop_counter, fsdp_units
 from model.networks.fit.config import FITConfig
 from model.networks.unet.config import UNetConfig
+from model.planning.meta_step import GPUSemantics, Meter, StepCount, count_step, flop_counter, fsdp_units
 
 aten = torch.ops.aten
 
@@ -94,7 +94,7 @@ class Convolutions(ComposerModel):
         return (outputs.float() ** 2).mean()
 
 
-BUILDERS: dict[str, Callable[[str], ComposerModel]] = {
+BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "fit": lambda device: denoiser(device),
     "fit, checkpointed": lambda device: denoiser(device, checkpoint_blocks=True),
     "fit, upsampler": lambda device: denoiser(device, upsampler=True, position="factorised"),
@@ -106,7 +106,7 @@ BUILDERS: dict[str, Callable[[str], ComposerModel]] = {
 
 
 @pytest.fixture(params=BUILDERS)
-def build(request: pytest.FixtureRequest) -> Callable[[str], ComposerModel]:
+def build(request: pytest.FixtureRequest) -> Callable[[str], nn.Module]:
     return BUILDERS[request.param]
 
 
@@ -114,7 +114,7 @@ def total(count: StepCount) -> int:
     return count.first_pass + count.forward + count.backward + count.recomputation
 
 
-def test_flops_equal_those_that_torch_counts_on_a_real_step(build: Callable[[str], ComposerModel]) -> None:
+def test_flops_equal_those_that_torch_counts_on_a_real_step(build: Callable[[str], nn.Module]) -> None:
     counted = count_step(build("meta"), lambda: video_batch(2, "meta"), "fp32")
     model, batch = build("cpu"), video_batch(2, "cpu")
     fused = aten._scaled_dot_product_flash_attention_for_cpu  # torch's counter leaves it out
@@ -133,7 +133,7 @@ LIKE_THE_CPU = {name: build for name, build in BUILDERS.items() if name != "unet
 
 
 @pytest.mark.parametrize("build", LIKE_THE_CPU.values(), ids=LIKE_THE_CPU)
-def test_kept_bytes_are_what_autograd_saves_on_a_real_step(build: Callable[[str], ComposerModel]) -> None:
+def test_kept_bytes_are_what_autograd_saves_on_a_real_step(build: Callable[[str], nn.Module]) -> None:
     counted = count_step(build("meta"), lambda: video_batch(4, "meta"), "fp32")
     model, batch = build("cpu"), video_batch(4, "cpu")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -152,7 +152,7 @@ def test_kept_bytes_are_what_autograd_saves_on_a_real_step(build: Callable[[str]
     del objective
 
 
-def test_peak_is_what_the_cpu_allocates_in_a_real_step(build: Callable[[str], ComposerModel]) -> None:
+def test_peak_is_what_the_cpu_allocates_in_a_real_step(build: Callable[[str], nn.Module]) -> None:
     counted = count_step(build("meta"), lambda: video_batch(4, "meta"), "fp32")
     model = build("cpu")
     for p in model.parameters():
@@ -298,7 +298,7 @@ def test_attention_keeps_no_scores(masked: bool) -> None:
     assert log_sums <= kept < log_sums + 4096
 
 
-def test_units_are_those_that_composer_wraps(build: Callable[[str], ComposerModel]) -> None:
+def test_units_are_those_that_composer_wraps(build: Callable[[str], nn.Module]) -> None:
     model = build("meta")
     wrapped = generate_composer_model_policy(model)._run_policy(model, set(), {})
     assert set(fsdp_units(model)) == set(wrapped)

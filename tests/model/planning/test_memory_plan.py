@@ -8,20 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from model import budget, config
-from model.budget import FLOAT32, GIB, Budget
+from model import config
 from model.config import UserError
 from model.denoiser import Denoiser
+from model.planning import memory_plan
+from model.planning.memory_plan import FLOAT32, GIB, Budget
 from model.train import TrainConfig
 
-YAMLS = Path(__file__).resolve().parents[2] / "yamls"
+YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 SHIPPED = sorted(path for pattern in ("stage*.yaml", "unet*.yaml", "ablations/*.yaml") for path in YAMLS.rglob(pattern))
 DEMO = YAMLS / "demo/stage1.yaml"
 
 
 @cache
 def count(path: Path, *overrides: str, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
-    return budget.count(config.load(TrainConfig, path, overrides), gpus, gpu_memory)
+    return memory_plan.count(config.load(TrainConfig, path, overrides), gpus, gpu_memory)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(YAMLS).as_posix())
@@ -123,7 +124,7 @@ def test_whole_weights_are_those_of_the_blocks_at_work_or_all() -> None:
 @pytest.mark.parametrize("shape", [(1,), (5, 3), (64, 2), (130, 2, 3)])
 def test_the_first_gpu_holds_the_first_chunk(shape: tuple[int, ...], gpus: int) -> None:
     tensor = torch.empty(shape)
-    assert budget._largest_shard(tensor, gpus) == torch.chunk(tensor, gpus)[0].numel()
+    assert memory_plan._largest_shard(tensor, gpus) == torch.chunk(tensor, gpus)[0].numel()
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "adam"])

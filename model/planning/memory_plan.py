@@ -1,7 +1,7 @@
 """What a training run asks of its GPUs, counted before it starts and without allocating the model.
 
-Nothing is derived by hand: the model's own training step runs on meta tensors (model/dry_run.py), for one sample and for the
-configured microbatch. docs/plan.md says what each number means and how far it can be trusted.
+Nothing is derived by hand: the model's own training step runs on meta tensors (model/planning/meta_step.py), for one sample and
+for the configured microbatch. docs/plan.md says what each number means and how far it can be trusted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from model import finetuning, optimizers
 from model.config import UserError
 from model.data import batch, dataset
 from model.denoiser import Denoiser
-from model.dry_run import Meter, StepCount, compute_dtype, count_step, fsdp_units
 from model.networks.conditioning import ConditioningTokens
 from model.optimizers import OptimizerConfig
+from model.planning.meta_step import Meter, StepCount, compute_dtype, count_step, fsdp_units
 
 if TYPE_CHECKING:
     from model.train import TrainConfig  # which holds its run against the plan

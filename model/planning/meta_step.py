@@ -9,10 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -145,14 +144,14 @@ class StepCount:
 Precision = Literal["fp32", "amp_bf16"]
 
 
-def count_step(model: ComposerModel, inputs: Callable[[], Any], precision: Precision) -> StepCount:
+def count_step(model: nn.Module, inputs: Callable[[], Any], precision: Precision) -> StepCount:
     """Run ``model.loss(model(batch), batch)`` with ``batch = inputs()``, and its backward pass, on meta tensors.
 
     Parameters take the dtype that they have while FSDP2 computes with them, and the inputs of each of its units are cast as it
     does. A parameter's gradient counts as gone as soon as it is complete: then it is reduced into the sharded gradients.
 
     Args:
-        model: on the meta device; its parameters' dtype changes.
+        model: on the meta device, with a method ``loss`` such as Composer's models have; its parameters' dtype changes.
         inputs: makes the batch of meta tensors, whose bytes count.
         precision: Composer's.
     """
@@ -167,7 +166,7 @@ def count_step(model: ComposerModel, inputs: Callable[[], Any], precision: Preci
         with meter, GPUSemantics(None if precision == "fp32" else compute):
             meter.phase = "forward"
             batch = inputs()
-            objective = model.loss(model(batch), batch)
+            objective = cast(Any, model).loss(model(batch), batch)
             kept = meter.live
             meter.phase = "backward"
             torch.autograd.backward(objective)  # objective.backward() would leave GPUSemantics, which recomputation needs
@@ -185,7 +184,7 @@ def count_step(model: ComposerModel, inputs: Callable[[], Any], precision: Preci
     )
 
 
-def fsdp_units(model: ComposerModel) -> list[nn.Module]:
+def fsdp_units(model: nn.Module) -> list[nn.Module]:
     """What Composer wraps of a model, each to be gathered as one: its children, and in each what its rule names."""
     units = []
     for child in model.children():
