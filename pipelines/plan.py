@@ -1,33 +1,50 @@
-"""Plan a training run before it starts: sizes, computation and memory of a training yaml, without allocating the model.
+"""Plan a training run before it starts: sizes, computation, memory and time of a training yaml, without allocating the model.
 
 Everything is counted from the model's own training step (docs/plan.md). 1 GiB is 2^30 bytes, 1 TFLOP 10^12 operations.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from json import dumps
 
 from model import command
+from model.config import UserError
 from model.planning.memory_plan import Budget, Computation, Parameters, count
+from model.planning.roofline import DEVICES, Row
+from model.planning.time_plan import DAY, Time, TimePlan, predict
 from model.train import TrainConfig
 
 FLAGS = (
     command.Flag("gpus", 8, "number of GPUs"),
     command.Flag("gpu-memory", 80.0, "memory of a GPU in GiB; cards sold as 80 GB have 80"),
+    command.Flag("roofline", "", f"also print each part's time on one of {', '.join(DEVICES)}"),
     command.Flag("json", False, "print one flat JSON object instead; docs/plan.md lists its keys"),
 )
 
 
-def show(c: TrainConfig, gpus: int, gpu_memory: float, json: bool) -> None:
+def show(c: TrainConfig, gpus: int, gpu_memory: float, roofline: str, json: bool) -> None:
     """The command: print the plan."""
-    budget = count(c, gpus, gpu_memory)
-    print(dumps(budget.flat(), indent=2) if json else table(budget))
+    if roofline and roofline not in DEVICES:
+        raise UserError(f"roofline: {roofline!r} is no known GPU; they are {', '.join(DEVICES)}")
+    budget, times = count(c, gpus, gpu_memory), predict(c, gpus)
+    if json:
+        flat = budget.flat()
+        for plan in times:
+            for name, time in (("eager", plan.eager), ("fused", plan.fused)):
+                flat |= {f"time.{plan.device.name.lower()}.{name}.{key}": value for key, value in asdict(time).items()}
+        print(dumps(flat, indent=2))
+        return
+    print(table(budget, times))
+    for plan in times:
+        if plan.device.name == roofline:
+            print("\n" + parts(plan))
 
 
-Row = tuple[str, str, str]  # what, how much, and a note
+Line = tuple[str, str, str]  # what, how much, and a note
 
 
-def table(b: Budget) -> str:
+def table(b: Budget, times: Sequence[TimePlan]) -> str:
     """For people: sections of aligned lines."""
     sections = {
         "parameters": _parameters(b.parameters),
@@ -35,6 +52,7 @@ def table(b: Budget) -> str:
         "computation per video": _computation(b.computation),
         f"memory on each of {b.gpus} GPUs": _memory(b),
         "run": _run(b),
+        f"time on {b.gpus} GPUs at best, by the roofline (docs/plan.md says what it leaves out)": _times(times),
     }
     rows = [row for section in sections.values() for row in section]
     left, middle = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
@@ -44,13 +62,41 @@ def table(b: Budget) -> str:
     return "\n".join(lines)
 
 
-def _parameters(p: Parameters) -> list[Row]:
+def parts(plan: TimePlan) -> str:
+    """The roofline of each part of the model, per video of a microbatch: what is the wall, and what fusing would take out."""
+    fused = {row.part: row for row in plan.parts_fused}
+    head = f"{'part':<38}{'GFLOP':>10}" + f"{'MB':>10}{'kernels':>9}{'ms':>9}" * 2
+    title = f"roofline of a video in a microbatch of {plan.microbatch} on a {plan.device.name}"
+    lines = [title, f"{'':48}{'eager':>28}{'fused':>28}", head]
+    for row in plan.parts_eager:
+        lines.append(f"{row.part:<38}{_cells(row, plan.microbatch)}{_cells(fused.get(row.part), plan.microbatch)[10:]}")
+    return "\n".join(lines)
+
+
+def _cells(row: Row | None, videos: int) -> str:
+    if row is None:  # all of the part went into chains that begin in another
+        return f"{'-':>10}{'-':>10}{'-':>9}{'-':>9}"
+    return f"{row.flops / videos / 1e9:10.1f}{row.bytes / videos / 1e6:10.1f}{row.launches:9,}{1e3 * row.seconds / videos:9.3f}"
+
+
+def _times(times: Sequence[TimePlan]) -> list[Line]:
+    def note(time: Time) -> str:
+        return f"{1e3 * time.video:.2f} ms a video, {time.step:.2f} s a step"
+
+    lines: list[Line] = []
+    for plan in times:
+        fused = f"; fused {plan.fused.run / DAY:.1f} days, {note(plan.fused)}"
+        lines.append((plan.device.name, f"{plan.eager.run / DAY:.1f} days", note(plan.eager) + fused))
+    return lines
+
+
+def _parameters(p: Parameters) -> list[Line]:
     parts = [(part, _number(size), f"{size / p.total:.1%}") for part, size in p.components.items()]
     trained = [] if p.trained == p.total else [("trained", _number(p.trained), f"{p.trained / p.total:.2%}")]
     return [*parts, ("total", _number(p.total), f"{p.total:,}"), *trained]
 
 
-def _computation(c: Computation) -> list[Row]:
+def _computation(c: Computation) -> list[Line]:
     return [
         ("first pass", _flop(c.first_pass), "self-conditioning, without gradient"),
         ("forward", _flop(c.forward), ""),
@@ -60,7 +106,7 @@ def _computation(c: Computation) -> list[Row]:
     ]
 
 
-def _memory(b: Budget) -> list[Row]:
+def _memory(b: Budget) -> list[Line]:
     m, fit = b.memory, b.fit
     verdict = f"{'fits' if fit.fits else 'DOES NOT FIT'}: {_bytes(fit.usable)} of {_bytes(fit.gpu_memory)} are usable"
     return [
@@ -82,7 +128,7 @@ def _memory(b: Budget) -> list[Row]:
     ]
 
 
-def _run(b: Budget) -> list[Row]:
+def _run(b: Budget) -> list[Line]:
     r, followed = b.run, math.isclose(b.noise.sigma_in, b.noise.rule, rel_tol=0.01)
     return [
         ("steps", f"{r.steps:,}", f"of {r.global_batch:,} samples"),

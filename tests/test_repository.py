@@ -19,7 +19,8 @@ MAX_LINES = 400
 # The parts that run on any machine with a recent torch.
 TORCH_ALONE = (
     "model/networks", "model/diffusion", "model/lamb.py", "model/optimizers.py", "model/denoiser.py", "model/codec.py",
-    "model/draws.py", "model/generate.py", "model/planning/meta_step.py",
+    "model/draws.py", "model/generate.py", "model/planning/meta_step.py", "model/planning/trace.py",
+    "model/planning/roofline.py",
 )  # fmt: skip
 TORCH_ALONE_MODULES = {"torch", "einops"}
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,23 @@ class StepCount:
 Precision = Literal["fp32", "amp_bf16"]
 
 
-def count_step(model: nn.Module, inputs: Callable[[], Any], precision: Precision) -> StepCount:
+class Phased(Protocol):
+    """A dispatch mode that is told which phase of a training step runs within it: "forward" or "backward"."""
+
+    phase: str
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+
+
+def run_step(
+    model: nn.Module,
+    inputs: Callable[[], Any],
+    precision: Precision,
+    observer: Phased,
+    between: Callable[[], None] = lambda: None,
+) -> None:
     """Run ``model.loss(model(batch), batch)`` with ``batch = inputs()``, and its backward pass, on meta tensors.
 
     Parameters take the dtype that they have while FSDP2 computes with them, and the inputs of each of its units are cast as it
@@ -152,34 +168,41 @@ def count_step(model: nn.Module, inputs: Callable[[], Any], precision: Precision
 
     Args:
         model: on the meta device, with a method ``loss`` such as Composer's models have; its parameters' dtype changes.
-        inputs: makes the batch of meta tensors, whose bytes count.
+        inputs: makes the batch of meta tensors, which ``observer`` sees.
         precision: Composer's.
+        observer: sees every operation.
+        between: called after the forward pass.
     """
     compute = compute_dtype(precision)
     model.to(compute)
     parameters = list(model.parameters())
     hooks = [unit.register_forward_pre_hook(partial(_cast_inputs, compute), with_kwargs=True) for unit in fsdp_units(model)]
     hooks += [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters if p.requires_grad]
-    meter = Meter()
-    meter.ignore(parameters)
+    observer.ignore(parameters)
     try:
-        with meter, GPUSemantics(None if precision == "fp32" else compute):
-            meter.phase = "forward"
+        with observer, GPUSemantics(None if precision == "fp32" else compute):
+            observer.phase = "forward"
             batch = inputs()
             objective = cast(Any, model).loss(model(batch), batch)
-            kept = meter.live
-            meter.phase = "backward"
+            between()
+            observer.phase = "backward"
             torch.autograd.backward(objective)  # objective.backward() would leave GPUSemantics, which recomputation needs
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def count_step(model: nn.Module, inputs: Callable[[], Any], precision: Precision) -> StepCount:
+    """Count a training step as ``run_step`` runs it; the batch's bytes count, too."""
+    meter, kept = Meter(), list[int]()
+    run_step(model, inputs, precision, meter, lambda: kept.append(meter.live))
     flops = meter.flops
     return StepCount(
         first_pass=flops["forward", False],
         forward=flops["forward", True],
         backward=flops["backward", False],
         recomputation=flops["backward", True],
-        kept=kept,
+        kept=kept[0],
         peak=meter.peak,
     )
 

@@ -25,7 +25,8 @@ def test_json_is_one_flat_object_of_documented_keys(capsys: pytest.CaptureFixtur
     assert printed["run.steps"] == 7
     assert all(not isinstance(value, dict | list) for value in printed.values())
     documented = set(re.findall(r"`([a-z0-9_.]+)`", (ROOT / "docs/plan.md").read_text(encoding="utf-8")))
-    keys = {re.sub(r"^(parameters\.components|tokens)\..*", r"\1", key) for key in printed}
+    keys = {re.sub(r"^(parameters\.components|tokens|time)\..*", r"\1", key) for key in printed}
+    assert {"time.h200.eager.step", "time.a100.fused.run"} <= printed.keys()
     assert keys - documented == set()
 
 
@@ -41,7 +42,17 @@ def test_table_shows_what_was_counted(capsys: pytest.CaptureFixture[str]) -> Non
         "NOT as the rule",
     ):
         assert wanted in printed
-    assert max(map(len, printed.splitlines())) < 130
+    assert max(map(len, printed.splitlines())) < 140
+
+
+def test_roofline_shows_each_part_on_the_gpu_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    run(DEMO, "--roofline", "H200")
+    printed = capsys.readouterr().out
+    _, _, shown = printed.partition("roofline of a video in a microbatch of")
+    assert "on a H200" in shown
+    rows = dict(line.split(maxsplit=1) for line in shown.splitlines()[3:])
+    assert {"blocks.read", "blocks.layers.attention", "stem", "head"} <= rows.keys()
+    assert all(float(cells.split()[3]) > 0 for cells in rows.values())  # ms, eager
 
 
 def test_a_run_that_does_not_fit_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +75,7 @@ def test_help_shows_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         (("--gpus", "3"), "does not split evenly over 3"),
         (("globl_batch=3",), "did you mean 'global_batch'"),
         (("--gpus=-1",), "gpus"),
+        (("--roofline=TPU",), "'TPU' is no known GPU; they are A100, H100"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
