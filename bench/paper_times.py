@@ -102,8 +102,9 @@ def report(rows: list[Row], videos: int, device: Device) -> str:
     of = {(r.model, r.step): r for r in rows}
     for step in ("training", "inference"):
         fit, unet = of["stage1_500m", step], of["unet_284m", step]
-        ratios = f"{unet.eager / fit.eager:.2f} x eager, {unet.fused / fit.fused:.2f} x fused, {unet.paper / fit.paper:.2f} x in the paper"
-        lines.append(f"{step}: U-Net 284M over FIT 500M is {unet.tflop / fit.tflop:.2f} x the operations; the time is {ratios}")
+        predicted = f"{unet.eager / fit.eager:.2f} x the time eager, {unet.fused / fit.fused:.2f} x fused"
+        paper = f"{unet.paper / fit.paper:.2f} x in the paper"
+        lines.append(f"{step}: U-Net 284M over FIT 500M, {unet.tflop / fit.tflop:.2f} x the operations, {predicted}, {paper}")
     return "\n".join(lines)
 
 

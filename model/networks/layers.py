@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import einops._torch_specific  # noqa: F401  lets torch.compile keep rearrange whole; by itself it comes with the first eager call
 import torch
@@ -16,6 +17,54 @@ def init_linear(layer: nn.Linear, gain: float = 1.0) -> nn.Linear:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm whose result has its input's dtype under autocast, too, where weights have that dtype, as under FSDP.
+
+    Autocast would raise input, weight and bias to float32 and leave a float32 result, which the product behind it lowers again:
+    four casts around each norm. The kernels compute in float32 whatever they read, so the product sees the same numbers.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same."""
+        device = "cuda" if x.is_meta else x.device.type  # meta tensors stand for a GPU's where a step is planned
+        if x.dtype != self.weight.dtype or not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            return super().forward(x)
+
+
+Activation = Literal["gelu", "silu"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "silu": functional.silu}
+
+
+class ActivationDropout(torch.autograd.Function):
+    """An activation, then dropout, of which nothing is kept for the backward pass but the input and the result.
+
+    Which numbers were dropped is read off the result, which the layer behind keeps anyway: they are zero. PyTorch's own two steps
+    keep a mask besides, a byte a number. A result that is zero although it was not dropped passes no gradient; only an input of
+    exactly zero, or one so negative that its gradient is nothing, has such a result.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Activation, p: float) -> Tensor:
+        dropped = torch.native_dropout(ACTIVATIONS[activation](x), p, True)[0]
+        ctx.save_for_backward(x, dropped)
+        ctx.activation, ctx.p = activation, p
+        return dropped
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, dropped = ctx.saved_tensors
+        gradient = torch.ops.aten.native_dropout_backward(gradient, dropped != 0, 1 / (1 - ctx.p))
+        of_activation = torch.ops.aten.gelu_backward if ctx.activation == "gelu" else torch.ops.aten.silu_backward
+        return of_activation(gradient, x), None, None
+
+
+def activate(x: Tensor, activation: Activation, dropout: float) -> Tensor:
+    """The activation of ``x``, with ``dropout`` unless that is zero."""
+    return ActivationDropout.apply(x, activation, dropout) if dropout else ACTIVATIONS[activation](x)
 
 
 class Attention(nn.Module):
@@ -42,11 +91,11 @@ class Attention(nn.Module):
             raise ValueError(f"head width {head_width} does not divide the attention's inner width {inner}")
         self.head_width = head_width
         self.output_gain = output_gain
-        self.query_norm = nn.LayerNorm(query_width)
+        self.query_norm = LayerNorm(query_width)
         if context_width is None:
             self.query_key_value = nn.Linear(query_width, 3 * inner, bias=False)
         else:
-            self.context_norm = nn.LayerNorm(context_width)
+            self.context_norm = LayerNorm(context_width)
             self.query = nn.Linear(query_width, inner, bias=False)
             self.key_value = nn.Linear(context_width, 2 * inner, bias=False)
         self.is_self_attention = context_width is None
@@ -60,11 +109,12 @@ class Attention(nn.Module):
     def forward(self, query: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
         """Return (B, M, query_width). ``context_mask`` (B, N) is True where the context may be read."""
         query = self.query_norm(query)
+        # By chunks of the last dimension, whose gradients are put together in one copy; unbinding a first one takes two.
         if self.is_self_attention:
-            q, k, v = rearrange(self.query_key_value(query), "b m (three h c) -> three b h m c", three=3, c=self.head_width)
+            parts = self.query_key_value(query).chunk(3, dim=-1)
         else:
-            q = rearrange(self.query(query), "b m (h c) -> b h m c", c=self.head_width)
-            k, v = rearrange(self.key_value(self.context_norm(context)), "b n (two h c) -> two b h n c", two=2, c=self.head_width)
+            parts = (self.query(query), *self.key_value(self.context_norm(context)).chunk(2, dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in parts)  # (B, heads, M or N, head width)
         mask = None if context_mask is None else context_mask[:, None, None, :]
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.output(rearrange(attended, "b h m c -> b m (h c)"))
@@ -84,9 +134,9 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, dropout: float = 0.0, output_gain: float = 1.0) -> None:
         super().__init__()
         self.output_gain = output_gain
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.expand = nn.Linear(width, self.MULTIPLE * width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.contract = nn.Linear(self.MULTIPLE * width, width)
 
     def reset_parameters(self) -> None:
@@ -98,7 +148,7 @@ class FeedForward(nn.Module):
         x = self.norm(x)
         if modulate is not None:
             x = modulate(x)
-        return self.contract(self.dropout(functional.gelu(self.expand(x))))
+        return self.contract(activate(self.expand(x), "gelu", self.dropout if self.training else 0.0))
 
 
 class ScalarEmbedding(nn.Module):

@@ -54,21 +54,33 @@ class GPUSemantics(TorchFunctionMode):
     """Within, operations on meta tensors have the dtypes and the saved tensors of a GPU.
 
     Args:
-        autocast: the lower precision of CUDA's autocast, or None without autocast.
+        autocast: the lower precision of CUDA's autocast, or None without autocast. ``torch.autocast("cuda", enabled=False)``
+            switches it off within.
     """
 
     def __init__(self, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.autocast = autocast
 
+    def __enter__(self) -> "GPUSemantics":
+        self._before = torch.is_autocast_enabled("cuda")
+        torch.set_autocast_enabled("cuda", self.autocast is not None)  # on the meta device it acts on nothing else
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_autocast_enabled("cuda", self._before)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self.autocast and name in LOWER_PRECISION:
-            args, kwargs = _cast((args, kwargs), self.autocast)
-        elif self.autocast and name in FLOAT32:
+        autocast = self.autocast if torch.is_autocast_enabled("cuda") else None
+        if autocast and name in LOWER_PRECISION:
+            args, kwargs = _cast((args, kwargs), autocast)
+        elif autocast and name in FLOAT32:
             args, kwargs = _cast((args, kwargs), torch.float32)
         if func is functional.scaled_dot_product_attention:
             return _fused_attention(*args, **kwargs)

@@ -159,7 +159,8 @@ class ClipBlock(nn.Module):
         init_linear(self.patches, 0.5)
 
     def forward(self, video: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """``video`` (B, T, inputs, H, W) and ``embedding`` (B, M) -> (B, T, C, H, W), and (B, T h w, P) for h x w patches."""
+        """``video`` (B, T, inputs, H, W) and ``embedding`` (B, M) -> (B, T, C, H, W), and (B, h w, P): for h x w patches, whose
+        frames are all told the same."""
         squares = {"sh": CLIP_STRIDE, "sw": CLIP_STRIDE}
         # Channels last, as convolutions are fastest.
         places = rearrange(video, "b t c (h sh) (w sw) -> b h w (t c sh sw)", **squares)
@@ -168,7 +169,7 @@ class ClipBlock(nn.Module):
         painted = convolve(self.output, second, self.cpu_bf16)
         told = self.patches(rearrange(second, "b (h ch) (w cw) c -> b (h w) (ch cw c)", ch=self.cells[0], cw=self.cells[1]))
         painted = rearrange(painted, "b h w (t c sh sw) -> b t c (h sh) (w sw)", t=self.frames, **squares)
-        return painted, repeat(told, "b n p -> b (t n) p", t=self.frames)
+        return painted, told
 
     @staticmethod
     def _modulate(modulation: Modulation, places: Tensor, embedding: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,7 +24,7 @@ from model.networks.conditioning import Conditioning, ConditioningTokens
 from model.networks.fit import transfer
 from model.networks.fit.beyond import ClipBlock, Modulation, PatchConvolution, PixelBlock, TextPooling
 from model.networks.fit.config import FITConfig
-from model.networks.layers import Attention, FeedForward, init_linear
+from model.networks.layers import Attention, FeedForward, LayerNorm, init_linear
 from model.networks.network import Block, Network, NetworkOutput, check_inputs
 
 
@@ -145,10 +145,10 @@ class FIT(Network):
         self.position = PatchPosition(config)
         self.latents = nn.Parameter(torch.empty(config.latent_tokens, config.latent_width))
         self.self_conditioning = FeedForward(config.latent_width)
-        self.self_conditioning_norm = nn.LayerNorm(config.latent_width)
+        self.self_conditioning_norm = LayerNorm(config.latent_width)
         self.blocks = nn.ModuleList(FITBlock(config) for _ in range(config.blocks))
         self.stem_modulation = Modulation(config.embedding_width, config.patch_width) if config.modulation else None
-        self.head_norm = nn.LayerNorm(config.patch_width) if config.head_norm else nn.Identity()
+        self.head_norm = LayerNorm(config.patch_width) if config.head_norm else nn.Identity()
         self.head_modulation = Modulation(config.embedding_width, config.patch_width) if config.modulation else None
         self.head = nn.Linear(config.patch_width, (width or config.channels) * pixels)
         self.pixel_head = PixelBlock(config, 2 * width, config.channels * cell, 0.2) if width else None
@@ -181,11 +181,15 @@ class FIT(Network):
         embedding = functional.silu(self.embedding_norm(tokens[:, length:].sum(dim=1)))
         if self.text_pooling:
             embedding = torch.cat([embedding, self.text_pooling(tokens[:, :length], mask[:, :length])], dim=1)
-        painted, told = self.clip(video, embedding) if self.clip else (None, 0.0)
+        painted, told = self.clip(video, embedding) if self.clip else (None, None)
         video = self._to_cells(video)
         if self.pixel_stem:
             video = self.pixel_stem(video, embedding)
-        patches = self._to_groups(self.stem(self._to_patches(video)) + self.position() + told)
+        # Grouped while they are pixels: the stream of patches is many times as wide, and every copy of it counts.
+        patches = self.stem(self._to_patches(video))
+        patches = (patches.unflatten(0, (-1, c.groups)) + self._to_groups(self.position()[None])).flatten(0, 1)
+        if told is not None:
+            patches = patches + repeat(told, "b (nh h nw w) p -> (b nt nh nw) (t h w) p", **c.boxes)
         if self.stem_modulation:
             patches = self.stem_modulation(patches, embedding)
 
@@ -215,7 +219,8 @@ class FIT(Network):
 
     def _to_patches(self, video: Tensor) -> Tensor:
         pt, ph, pw = self.config.patch_cells
-        return rearrange(video, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+        axes = "b (nt t pt) (nh h ph) (nw w pw) c -> (b nt nh nw) (t h w) (pt ph pw c)"
+        return rearrange(video, axes, pt=pt, ph=ph, pw=pw, **self.config.boxes)
 
     def _to_groups(self, patches: Tensor) -> Tensor:
         return rearrange(patches, "b (nt t nh h nw w) p -> (b nt nh nw) (t h w) p", **self.config.boxes)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.networks.conditioning import Conditioning, ConditioningTokens
-from model.networks.layers import Attention
+from model.networks.layers import Attention, activate
 from model.networks.network import Block, Network, NetworkOutput, check_inputs
 from model.networks.unet.config import CHANNELS_PER_GROUP, NORM_GROUPS, UNetConfig
 
@@ -69,7 +69,7 @@ class ResidualBlock(nn.Module):
         self.input = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.scale_shift = nn.Linear(embedding, 2 * outputs)
         self.output_norm = GroupNorm(outputs)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.output = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
@@ -82,7 +82,7 @@ class ResidualBlock(nn.Module):
         frames = len(x) // len(embedding)
         scale, shift = repeat(self.scale_shift(embedding), "b (two c) -> two (b t) c 1 1", two=2, t=frames)
         h = self.output_norm(h) * (1 + scale) + shift
-        return self.skip(self.resample(x)) + self.output(self.dropout(functional.silu(h)))
+        return self.skip(self.resample(x)) + self.output(activate(h, "silu", self.dropout if self.training else 0.0))
 
 
 class SelfAttention(nn.Module):

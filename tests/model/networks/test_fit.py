@@ -74,15 +74,17 @@ def test_patches_are_in_reading_order_and_groups_are_boxes(build_fit, tiny, vide
     config = replace(tiny, group=(long, 2, 3))
     network, clip = build_fit(config), video(2, config)
     (frames, rows, columns), (_, high, wide) = config.grid, config.group
-    patches = network._to_patches(network._to_cells(clip))
-    groups = network._to_groups(patches)
-    assert patches.shape == (2, 96, 12)
+    groups = network._to_patches(network._to_cells(clip))
+    numbers = network._to_groups(
+        torch.arange(96)[None, :, None]
+    )  # what is in reading order, such as positions, goes the same way
     assert groups.shape == (2 * config.groups, 96 // config.groups, 12)
     for t, h, w in itertools.product(range(frames), range(rows), range(columns)):
         pixels = clip[1, t, :, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].permute(1, 2, 0).flatten()
-        assert torch.equal(patches[1, (t * rows + h) * columns + w], pixels)
-        group = config.groups + ((t // long) * (rows // high) + h // high) * (columns // wide) + w // wide
-        assert torch.equal(groups[group, ((t % long) * high + h % high) * wide + w % wide], pixels)
+        group = ((t // long) * (rows // high) + h // high) * (columns // wide) + w // wide
+        place = ((t % long) * high + h % high) * wide + w % wide
+        assert torch.equal(groups[config.groups + group, place], pixels)
+        assert numbers[group, place] == (t * rows + h) * columns + w
     assert torch.equal(network._from_cells(network._to_video(groups)), clip)
 
 
@@ -93,7 +95,7 @@ def test_unpatching_inverts_patching(build_fit, tiny, video, shape: tuple[tuple[
     size, patch, group = shape
     config = replace(tiny, size=size, patch=patch, group=group, latent_tokens=48)
     network, clip = build_fit(config), video(3, config)
-    groups = network._to_groups(network._to_patches(network._to_cells(clip)))
+    groups = network._to_patches(network._to_cells(clip))
     assert torch.equal(network._from_cells(network._to_video(groups)), clip)
 
 

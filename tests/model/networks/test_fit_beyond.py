@@ -104,9 +104,28 @@ def test_a_clip_block_is_three_convolutions_of_squares_with_all_frames_as_channe
     for row, column in ((0, 0), (1, 2)):  # of the patches
         squares = second[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
         expected = block.patches(squares.permute(0, 2, 3, 1).flatten(1))
-        grid = told.unflatten(1, config.grid)
-        for frame in range(4):
-            torch.testing.assert_close(grid[:, frame, row, column], expected)
+        torch.testing.assert_close(told.unflatten(1, config.grid[1:])[:, row, column], expected)
+
+
+@pytest.mark.parametrize("group", [(4, 2, 3), (2, 4, 3), (1, 1, 6)])
+def test_what_a_clip_block_tells_reaches_the_patches_of_its_place_in_all_frames(
+    build_fit, tiny, video, conditioning, group
+) -> None:
+    """Patches are in groups by then: what is told must be as well, whichever the groups are."""
+    network, clip = build_fit(replace(tiny, clip_width=6, group=group, latent_tokens=48)), video(2, tiny)
+    with torch.no_grad():
+        network.stem.weight.zero_()
+        network.stem.bias.zero_()
+        for part in network.position.parameters():
+            part.zero_()
+        seen: list[torch.Tensor] = []
+        told: list[torch.Tensor] = []
+        network.clip.register_forward_hook(lambda module, inputs, output: told.append(output[1]))
+        network.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        network(clip, conditioning(2))
+    frames, height, width = network.config.grid
+    everywhere = told[0].unflatten(1, (1, height, width)).expand(-1, frames, -1, -1, -1).flatten(1, 3)  # in reading order
+    assert torch.equal(seen[0], network._to_groups(everywhere))
 
 
 def test_a_clip_block_carries_what_one_frame_shows_to_the_others(build_fit, tiny, video, conditioning) -> None:

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from model.networks.layers import Attention, FeedForward, ScalarEmbedding, init_linear, reset_parameters
+from model.networks.layers import Attention, FeedForward, LayerNorm, ScalarEmbedding, activate, init_linear, reset_parameters
 
 
 def ready(module: nn.Module) -> nn.Module:
@@ -135,3 +136,48 @@ def test_parents_have_the_last_word_on_initialisation() -> None:
 def test_a_head_width_that_does_not_divide_is_named() -> None:
     with pytest.raises(ValueError, match="head width 5 does not divide the attention's inner width 8"):
         Attention(12, 8, 5)
+
+
+def test_layer_norm_in_bfloat16_is_that_of_float32_rounded_once() -> None:
+    """So autocast's casts to float32 and back change nothing, and the norm does without them."""
+    torch.manual_seed(0)
+    layer = LayerNorm(64).bfloat16()
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(50, 64).bfloat16()
+    raised = functional.layer_norm(x.float(), (64,), layer.weight.float(), layer.bias.float()).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), raised)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_layer_norm_without_autocast_is_torch_s() -> None:
+    x = torch.randn(5, 12)
+    assert torch.equal(ready(LayerNorm(12))(x.double()), ready(nn.LayerNorm(12))(x.double()))
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_dropout_without_a_mask_has_the_gradients_of_dropout(name: str) -> None:
+    activation = getattr(functional, name)
+    x = torch.randn(2000, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    dropped = activate(x, name, 0.3)
+    kept = dropped != 0
+    assert float(kept.double().mean()) == pytest.approx(0.7, abs=0.05)
+    torch.testing.assert_close(dropped, torch.where(kept, activation(x) / 0.7, 0.0))
+    upstream = torch.randn_like(x)
+    (found,) = torch.autograd.grad(dropped, x, upstream)
+    (expected,) = torch.autograd.grad(torch.where(kept, activation(x) / 0.7, 0.0), x, upstream)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(activate(x, name, 0.0), activation(x))
+
+
+def test_dropout_keeps_its_input_and_its_result_alone() -> None:
+    """The result is what the layer behind keeps, too."""
+    saved: list[Tensor] = []
+    x = torch.randn(10, 16, requires_grad=True)
+    weight = torch.randn(16, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        activate(x, "gelu", 0.5) @ weight
+    assert {tensor.dtype for tensor in saved} == {torch.float32}  # no mask
+    assert len({tensor.untyped_storage().data_ptr() for tensor in saved}) == 3  # input, result, weight

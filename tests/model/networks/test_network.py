@@ -175,6 +175,25 @@ def test_it_compiles_whole(small, build, video, conditioning, checkpoint: bool) 
     torch.testing.assert_close(*results)
 
 
+def test_it_compiles_whole_under_autocast_with_dropout(small, video, conditioning) -> None:
+    """As it trains on a GPU: weights of bfloat16, as FSDP gathers them, and everything that the layers do about that."""
+    network = catalogue.build(replace(small, dropout=0.5)).bfloat16()
+    told, clip, latents = conditioning(2), video(2, small).bfloat16(), previous(2, small)
+    latents = None if latents is None else latents.bfloat16()
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    results = []
+    for forward in (compiled, network):
+        torch.manual_seed(5)  # what is dropped
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = forward(clip, told, latents).video
+        output.float().square().sum().backward()
+        results.append([output, *(p.grad for p in network.parameters() if p.grad is not None)])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).float().norm() <= 0.05 * expected.float().norm()
+
+
 def test_compiled_blocks_give_the_same(small, build, video, conditioning) -> None:
     network, told, clip = build(small), conditioning(2, torch.float64), video(2, small)
     names, expected = list(network.state_dict()), network(clip, told).video

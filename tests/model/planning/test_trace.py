@@ -99,6 +99,15 @@ def test_autocast_lowers_products_and_shows_its_casts() -> None:
     assert (list(cast.reads.values()), list(cast.writes.values())) == ([FULL * 64 * 16], [LOWERED * 64 * 16])
 
 
+def test_fit_s_layers_neither_cast_nor_keep_masks(stage: Callable[..., ModelConfig]) -> None:
+    """Around each norm autocast would put four casts. What is left are those of what enters and leaves the network."""
+    c = stage("fit", dropout=0.1)
+    operations = trace_step(Denoiser(c, "meta"), lambda: clips(c, 2), "amp_bf16")
+    casts = Counter(o.part for o in operations if o.name == "_to_copy")
+    assert not [part for part in casts if part.startswith("blocks.")]
+    assert Counter(o.name for o in operations)["native_dropout"] == 2 * 2 * 2  # blocks, layers, passes
+
+
 def test_views_and_empty_memory_are_no_operations() -> None:
     def evaluate() -> None:
         x = torch.empty(4, 6, device="meta")
