@@ -35,6 +35,7 @@ from model.data.batch import Batch, Sample
 from model.data.samples import derived_seed
 from model.denoiser import Denoiser
 from model.diffusion import edm
+from model.errors import UserError
 from model.networks.conditioning import Conditioning, measure_text
 from model.train import TrainConfig
 from pipelines.clips import RealClips
@@ -185,7 +186,7 @@ def main() -> None:
         if c.global_batch < 2:
             sys.exit("global_batch must be at least 2: a quarter of a step's clips, and one at least, are images")
         data = Data(c, arguments.folder)
-    except config.UserError as error:
+    except UserError as error:
         sys.exit(str(error))
     model, points = run(c, data, arguments.seconds, arguments.every)
     if arguments.save:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dataprep import captions, models
 from dataprep.filters import Rejected
-from model.config import UserError
+from model.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

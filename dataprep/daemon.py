@@ -19,7 +19,7 @@ def preload() -> None:
     import streaming  # noqa: F401
 
     from dataprep import encode, partition  # noqa: F401
-    from model.config import UserError
+    from model.errors import UserError
 
     with contextlib.suppress(UserError):  # the workers will meet it again, and have a way to tell
         encode.load_encoder(os.environ[TEXT_PATH], int(os.environ[MAX_TOKENS]))

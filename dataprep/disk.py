@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.config import UserError
+from model.errors import UserError
 
 CACHE_KIB = 16 << 10  # of a table, held in memory
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

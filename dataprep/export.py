@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from model import command
-from model.config import UserError
 from model.data.schema import Manifest
+from model.errors import UserError
 
 READABLE = 60  # characters of the key that stay readable in the name
 BYTES_PER_TAR = 1 << 30

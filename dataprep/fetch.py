@@ -25,9 +25,9 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError
 
 from dataprep.filters import Rejected
-from model.config import UserError
 from model.data import transfer
 from model.data.transfer import MissingError, PassingError
+from model.errors import UserError
 
 SCHEMES = ("http", "https", "s3")
 FAILED = "fetch failed"  # may pass, or is for the operator to put right: the next run tries again

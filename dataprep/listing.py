@@ -24,7 +24,7 @@ from dataprep.fetch import FetchConfig
 from dataprep.filters import Rejected
 from dataprep.ingest import CAPTION_SUFFIXES, Item
 from dataprep.spans import Span, version_of
-from model.config import UserError
+from model.errors import UserError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}

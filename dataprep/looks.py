@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from dataprep import models
-from model.config import UserError
+from model.errors import UserError
 
 TEXT_SIDE = 288  # pixels of the shorter side at which text is looked for
 MIN_LETTERS = 2  # a single one is more often a wheel or a ball

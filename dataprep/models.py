@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.config import UserError
+from model.errors import UserError
 
 
 def revision(key: str, path: str) -> str:

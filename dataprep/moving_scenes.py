@@ -18,8 +18,7 @@ from typing import Literal
 import numpy as np
 
 from dataprep.scenes import SIMPLE_COLOURS, SIMPLE_SHAPES, Background, Figure, Scene, stand_apart
-from model import command
-from model.config import UserError
+from model.errors import UserError
 
 Split = Literal["seen", "unseen"]
 Kind = Split | Literal["wide"]
@@ -105,6 +104,8 @@ def scenes(kind: Kind, seed: int, seconds: float = 2.0) -> Iterator[Scene]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    from model import command  # whoever renders scenes alone needs no yaml
+
     parser = argparse.ArgumentParser(description="Print captions of the benchmark's scenes, one a line.")
     words = "combinations that training shows, or those that it never does, or two objects and pans"
     parser.add_argument("kind", choices=["seen", "unseen", "wide"], help=words)

@@ -22,7 +22,7 @@ from typing import Any
 
 from dataprep import shards
 from dataprep.shards import Outcome
-from model.config import UserError
+from model.errors import UserError
 
 WORKSPACE = "workspace"  # in job.json: the name of the work folder that it was made in
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h

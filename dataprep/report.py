@@ -24,7 +24,7 @@ from dataprep import disk, shards
 from dataprep.encode import decode_frame
 from dataprep.selection import SelectConfig
 from model import command
-from model.config import UserError
+from model.errors import UserError
 
 REPORT_NAME = "report.html"
 SHEET_CLIPS = 24

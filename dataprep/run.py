@@ -37,8 +37,8 @@ from dataprep.partition import Recipe
 from dataprep.selection import SelectConfig
 from dataprep.shards import Account, Outcome, PartSummary
 from model import command, config
-from model.config import UserError
 from model.data.schema import SCHEMA_VERSION, Kind, Manifest, TextManifest
+from model.errors import UserError
 from model.provenance import git_commit
 
 JAVA_VERSIONS = range(8, 18)  # that Spark 3.5 runs on; 21 breaks Python functions

@@ -40,7 +40,8 @@ from tqdm import tqdm
 from dataprep import moving_scenes
 from dataprep.scenes import Difficulty, Scene, draw_scene, render
 from model import command
-from model.config import UserError, to_tree
+from model.config import to_tree
+from model.errors import UserError
 
 Layout = Literal["folder", "webdataset", "parquet"]
 

@@ -29,8 +29,8 @@ from dataprep.encode import StageConfig
 from dataprep.scores import Scores
 from dataprep.shards import Outcome, ShardConfig
 from model import config
-from model.config import UserError
 from model.data.schema import Kind, Manifest
+from model.errors import UserError
 
 INDEX_VERSION = 2  # of the MDS format
 KINDS: tuple[Kind, ...] = ("videos", "images")

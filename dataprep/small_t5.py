@@ -25,7 +25,8 @@ from dataprep import captions as sidecars
 from dataprep.filters import Rejected
 from dataprep.scenes import draw_scene
 from model import command
-from model.config import UserError, to_tree
+from model.config import to_tree
+from model.errors import UserError
 
 RECIPE_NAME = "small_t5.json"  # in the output folder: what it was built from
 VOCABULARY_NAME = "spiece.model"

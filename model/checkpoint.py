@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from model import config as configuration
-from model.config import UserError
 from model.data.schema import Manifest, SchemaError
 from model.denoiser import Denoiser, ModelConfig
+from model.errors import UserError
 
 WEIGHTS, CONFIG, MANIFESTS, ORIGIN = "model.safetensors", "config.yaml", "manifests.json", "origin.json"
 ADAPTER = "adapter"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from model import config
+from model.errors import RunError, UserError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -63,7 +64,7 @@ def guard(body: Callable[[], None], debug: bool) -> None:
     """Call ``body``; turn its errors into one line: exit code 2 for bad input and paths, 1 for a ``RunError``."""
     try:
         body()
-    except (config.UserError, config.RunError, *PATHS) as error:
+    except (UserError, RunError, *PATHS) as error:
         if debug:
             traceback.print_exc()
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
@@ -73,7 +74,7 @@ def guard(body: Callable[[], None], debug: bool) -> None:
             # Rank 0, whose line is shown and whose code is the launcher's, goes first; the signal then ends this wait.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(LAUNCHER_SECONDS)
-        sys.exit(EXIT_FAILED if isinstance(error, config.RunError) else EXIT_BAD_INPUT)
+        sys.exit(EXIT_FAILED if isinstance(error, RunError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()

@@ -25,17 +25,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from model.errors import UserError
+
 T = TypeVar("T")
 
 BASE_KEY = "base"
-
-
-class UserError(Exception):
-    """Bad input, told in one line: what is wrong, and where. Commands print it and exit with code 2."""
-
-
-class RunError(Exception):
-    """Work that cannot go on though its input was good, told in one line. Commands print it and exit with code 1."""
 
 
 def load(config_class: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

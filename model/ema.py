@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from model.follower import Follower
-from model.lamb import local_shard
+from model.gradients import local_shard
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from composer.utils import dist
 from torch import Tensor
 
 from model import resume
-from model.config import RunError
 from model.denoiser import LossTerms
+from model.errors import RunError
 from model.follower import Follower
-from model.lamb import local_shard, whole_norms
+from model.gradients import clip, local_shard, whole_norms
 
 WINDOW = 100  # steps whose loss tells what is usual; no loss is a spike before there were as many
 NAMED = 8  # most samples that the log names; the file names all
@@ -98,11 +98,6 @@ def remedy(config: FaultsConfig, history: History, newest: int | None) -> Remedy
         spent = history.times if history.back_to == newest else 0
         return "rolled back" if spent < config.roll_backs else "stopped"
     return "skipped" if config.policy != "stop" and history.in_a_row < config.in_a_row else "stopped"
-
-
-def clip(gradients: Sequence[Tensor], norm: Tensor, bound: float) -> None:
-    """Scale gradients of the whole ``norm`` to at most ``bound``, in place; without waiting for the device."""
-    torch._foreach_mul_(list(gradients), (bound / (norm + 1e-6)).clamp(max=1.0))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from model import adapters
 from model.adapters import AdaptersConfig
 from model.checkpoint import PREFIX
-from model.config import UserError
 from model.denoiser import Denoiser
+from model.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,16 @@ The trust ratio is per whole parameter. On shards, the norm of a DTensor is only
 shards of all parameters at once, and one all-reduce per step makes them whole.
 """
 
-import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Shard
+from torch import Tensor
 from torch.optim import Optimizer
+
+from model.gradients import local_shard, whole_norms
 
 CHUNK = 2**24  # numbers
 
@@ -152,33 +150,3 @@ def _chunks(tensors: list[Tensor]) -> list[slice]:
 def _raised(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors in float32 at least; the same ones where they are already."""
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds; writing to it writes to the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_norms(params: Sequence[Tensor], *lists: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Norms (len(params),) of the whole parameters behind each list of local shards; one all-reduce for all of them."""
-    norms = []
-    for shards in lists:  # in float32 at least, also where the shards are not
-        dtype = functools.reduce(torch.promote_types, {shard.dtype for shard in shards}, torch.float32)
-        norms.append(torch.stack(torch._foreach_norm(list(shards), 2, dtype)).float())
-    squares = torch.stack(norms) ** 2
-    columns: dict[tuple[distributed.ProcessGroup, ...], list[int]] = defaultdict(list)
-    for i, p in enumerate(params):
-        columns[_sharding_groups(p)].append(i)
-    for groups, indices in columns.items():
-        part = squares[:, indices]
-        for group in groups:
-            distributed.all_reduce(part, group=group)
-        squares[:, indices] = part
-    return tuple(squares.sqrt().unbind())
-
-
-def _sharding_groups(p: Tensor) -> tuple[distributed.ProcessGroup, ...]:
-    """The process groups over which a parameter is split; replicas need no sum."""
-    if not isinstance(p, DTensor):
-        return ()
-    return tuple(p.device_mesh.get_group(dim) for dim, placement in enumerate(p.placements) if isinstance(placement, Shard))

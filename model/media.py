@@ -19,7 +19,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from model.config import UserError
+from model.errors import UserError
 
 H264_CRF = "12"  # close to lossless to the eye; generated clips are small
 BT709 = 1  # the tag's value in h264 for primaries, transfer and matrix

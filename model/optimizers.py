@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from model.lamb import LAMB, LAMBConfig, check_rates, local_shard, loss_of
+from model.gradients import local_shard
+from model.lamb import LAMB, LAMBConfig, check_rates, loss_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 
 STAGE = "stage"  # tag of a version: 1, or 2 for an upsampler
 METRIC = "metric."  # before the names of a version's metrics among its tags

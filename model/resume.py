@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
 
-from model.config import UserError
+from model.errors import UserError
 from model.preemption import Preemption
 
 SEAL = "whole.json"

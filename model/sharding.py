@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from model.config import UserError
+from model.errors import UserError
 
 
 @dataclass(frozen=True)

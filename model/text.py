@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from model.config import UserError
+from model.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
 from model import registry
-from model.config import RunError
+from model.errors import RunError
 from model.journal import Journal, Record
 from model.registry import PublishConfig, TrackingConfig
 

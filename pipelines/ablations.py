@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from model import command, config
-from model.config import UserError
+from model.errors import UserError
 from model.planning import memory_plan
 from model.train import TrainConfig
 from pipelines.chain import MODULE, Busy, Progress, Stage, alone_in, trainer

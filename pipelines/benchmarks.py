@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from model import command
-from model.config import UserError
+from model.errors import UserError
 
 CLASSES = Path(__file__).resolve().parents[1] / "yamls/protocols/ucf101_classes.yaml"
 VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv")

@@ -14,9 +14,9 @@ from torch import Tensor
 from model import checkpoint, long_video, registry, text
 from model.checkpoint import Published
 from model.codec import from_pixels, to_pixels
-from model.config import UserError
 from model.denoiser import Denoiser
 from model.diffusion.sampler import SamplerConfig
+from model.errors import UserError
 from model.generate import Known, Request, generate
 from model.long_video import Window
 from pipelines import watermark

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from model import config
-from model.config import UserError
+from model.errors import UserError
 
 END_SECONDS = 30  # that an interrupted stage has to end
 MODULE = (sys.executable, "-m")

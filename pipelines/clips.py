@@ -7,10 +7,10 @@ from pathlib import Path
 
 from streaming import LocalDataset
 
-from model.config import UserError
 from model.data.batch import Sample
 from model.data.samples import View, decode_sample, derived_seed, stride_of
 from model.data.shards import open_source
+from model.errors import UserError
 
 
 @dataclass(frozen=True)

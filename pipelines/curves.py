@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from model import command
-from model.config import UserError
+from model.errors import UserError
 from model.registry import first_line
 from model.tracking import set_up_client
 

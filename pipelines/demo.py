@@ -13,8 +13,8 @@ from pathlib import Path
 from streaming import LocalDataset
 
 from model import command, config
-from model.config import UserError
 from model.data.schema import Kind, Manifest
+from model.errors import UserError
 from pipelines.chain import MODULE, Progress, Stage, alone_in, trainer
 
 TRAINING = ("yamls/demo/stage1.yaml", "yamls/demo/stage2.yaml")

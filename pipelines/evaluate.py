@@ -24,8 +24,8 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from model import command, config, media, registry  # noqa: E402
-from model.config import UserError  # noqa: E402
 from model.data.shards import open_source  # noqa: E402
+from model.errors import UserError  # noqa: E402
 from model.registry import TrackingConfig  # noqa: E402
 from pipelines.clips import Made, RealClips, made  # noqa: E402
 from pipelines.metrics import ClipSimilarity, Extractor, ExtractorConfig, Frechet, inception_score  # noqa: E402

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.truth import COLOURS, DIRECTIONS, SHAPES, STILL, Reading, Seen
 
 SPEED = 0.25  # of moving objects in the benchmark's scenes, stage heights per second: the caption does not say it

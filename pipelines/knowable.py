@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.codec import from_pixels
-from model.config import UserError
+from model.errors import UserError
 from pipelines.clips import RealClips, captions
 from pipelines.judge import Said, Truth, parse
 from pipelines.truth import COLOURS

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from model import command, config, media, text
 from model.codec import PixelCodec, from_pixels, to_pixels
-from model.config import UserError
 from model.data import batch
 from model.data.samples import derived_seed
 from model.denoiser import Denoiser
 from model.diffusion import edm
+from model.errors import UserError
 from model.generate import Request, draw, generate
 from model.networks.conditioning import Conditioning
 from pipelines.cascade import Cascade, CascadeConfig

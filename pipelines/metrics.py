@@ -17,7 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 from model import text
-from model.config import UserError
+from model.errors import UserError
 
 SCALES = {"bytes": (1.0, 0.0), "unit": (1 / 255, 0.0), "signed": (2 / 255, -1.0)}  # what frames are multiplied by, and added to
 

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from model import command, media
-from model.config import UserError
+from model.errors import UserError
 from pipelines.clips import RealClips, made
 from pipelines.judge import SPEED, Verdict, judge, parse
 from pipelines.metrics import Frechet

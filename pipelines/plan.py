@@ -9,8 +9,9 @@ from dataclasses import asdict
 from json import dumps
 
 from model import command
-from model.config import UserError
-from model.planning.memory_plan import Budget, Computation, Parameters, count
+from model.errors import UserError
+from model.planning.device_memory import Parameters
+from model.planning.memory_plan import Budget, Computation, count
 from model.planning.roofline import DEVICES, Row
 from model.planning.time_plan import DAY, Time, TimePlan, predict
 from model.train import TrainConfig

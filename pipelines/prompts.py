@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from model.config import UserError
+from model.errors import UserError
 
 
 def of_file(path: str) -> list[str]:

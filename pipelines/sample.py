@@ -26,7 +26,7 @@ from tqdm import tqdm  # noqa: E402
 
 from model import command, config, media  # noqa: E402
 from model.codec import from_pixels, to_pixels  # noqa: E402
-from model.config import RunError, UserError  # noqa: E402
+from model.errors import RunError, UserError  # noqa: E402
 from pipelines.cascade import Cascade, CascadeConfig, Progress  # noqa: E402
 from pipelines.clips import RealClips, captions  # noqa: E402
 from pipelines.prompts import apportion, blocked_by, of_file  # noqa: E402

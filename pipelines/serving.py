@@ -21,7 +21,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from tqdm import tqdm
 
 from model import checkpoint, command, config, media, registry
-from model.config import UserError
+from model.errors import UserError
 from model.registry import PublishConfig, TrackingConfig
 from pipelines.cascade import Cascade, CascadeConfig
 from pipelines.ranks import default_device

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
 from model import command, registry, resume
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 from model.journal import Journal
 from model.registry import TrackingConfig
 from model.tracking import Sender, set_up_client

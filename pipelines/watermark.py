@@ -17,7 +17,7 @@ from imwatermark import WatermarkDecoder, WatermarkEncoder
 from scipy.stats import binom
 
 from model import command, media
-from model.config import UserError
+from model.errors import UserError
 
 TEXT = "snapvideo"
 BITS = 64  # of the text's hash: those of texts agree far better than by chance

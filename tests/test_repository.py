@@ -20,7 +20,7 @@ MAX_LINES = 400
 TORCH_ALONE = (
     "model/networks", "model/diffusion", "model/lamb.py", "model/optimizers.py", "model/denoiser.py", "model/codec.py",
     "model/draws.py", "model/generate.py", "model/planning/meta_step.py", "model/planning/trace.py",
-    "model/planning/roofline.py",
+    "model/planning/roofline.py", "model/planning/device_memory.py", "model/gradients.py",
 )  # fmt: skip
 TORCH_ALONE_MODULES = {"torch", "einops"}
 

@@ -20,12 +20,12 @@ from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 from torch.utils.data import DataLoader, IterableDataset
 
-from model.config import UserError
 from model.data import batch
 from model.data.batch import PackedBatch, Sample
 from model.data.samples import ClipDataset, View, derived_seed, span, stride_of
 from model.data.schema import Kind, Manifest, SchemaError, require_same
 from model.data.shards import Source, find_fault, open_source
+from model.errors import UserError
 from model.preemption import shield_loader_process
 
 KINDS: tuple[Kind, ...] = ("videos", "images")

@@ -16,12 +16,12 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from model import text
-from model.config import UserError
 from model.data.batch import CHANNELS, Sample
 from model.data.rows import StoredFrames
 from model.data.schema import Manifest
 from model.data.shards import ShardStream, Source
 from model.data.transfer import one_line
+from model.errors import UserError
 
 T = TypeVar("T")
 

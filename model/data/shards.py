@@ -15,12 +15,12 @@ from streaming.base.world import World
 from tqdm import tqdm
 
 from model import config
-from model.config import UserError
 from model.data import schema
 from model.data.rows import RowReader
 from model.data.schema import Manifest, SchemaError
 from model.data.storage import Storage, remove_stale
 from model.data.transfer import one_line
+from model.errors import UserError
 
 INDEX_NAME = "index.json"
 

@@ -9,8 +9,8 @@ from urllib.parse import urlparse
 
 from streaming.base.storage import CloudDownloader
 
-from model.config import UserError
 from model.data.transfer import CHUNK, S3, PassingError, one_line, persist, receive
+from model.errors import UserError
 
 STALE_SECONDS = 600.0  # a running download writes more often than that
 

@@ -21,7 +21,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as NoConnectionError
 from urllib3.exceptions import HTTPError
 
-from model.config import UserError
+from model.errors import UserError
 
 ATTEMPTS = 6
 BACKOFF_SECONDS = 1.0  # behind the first failed attempt; doubled behind each: half a minute in all

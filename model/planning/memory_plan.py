@@ -16,33 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from model import finetuning, optimizers
-from model.config import UserError
+from model import finetuning
 from model.data import batch, dataset
 from model.denoiser import Denoiser
+from model.errors import UserError
 from model.networks.conditioning import ConditioningTokens
-from model.optimizers import OptimizerConfig
-from model.planning.meta_step import Meter, StepCount, compute_dtype, count_step, fsdp_units
+from model.planning import device_memory
+from model.planning.device_memory import Memory, Parameters
+from model.planning.meta_step import StepCount, count_step
 
 if TYPE_CHECKING:
     from model.train import TrainConfig  # which holds its run against the plan
 
 GIB = 2**30
-FLOAT32 = 4  # bytes; of the sharded state, and of FSDP2's gradient reduction
 HEADROOM = 0.1  # share of a GPU left to what is not counted: CUDA's context, NCCL's buffers, kernels' workspaces, fragmentation
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of weights."""
-
-    total: int
-    trained: int  # of these; all where finetune names no part
-    components: dict[str, int]  # by part of the network; parts of repeated blocks are summed over the blocks
-    largest_unit: int  # weights of the largest block that FSDP2 gathers at once
-    root_unit: int  # weights outside of such blocks, which stay gathered
-    largest_unit_trained: int  # of a block, the most that train
-    root_unit_trained: int
 
 
 @dataclass(frozen=True)
@@ -54,27 +41,6 @@ class Computation:
     backward: int  # gradients alone
     recomputation: int  # by activation checkpointing
     step: int  # all of these
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU."""
-
-    weights: int  # sharded, float32
-    gradients: int  # the same, of what trains
-    moments: int  # twice that: the optimiser's
-    average: int  # once for each half-life: the EMA
-    state: int  # the four
-    gathered: int  # FSDP2's whole copies in the compute dtype: the root, the block at work, the one fetched ahead; or all blocks
-    reducing: int  # whole gradients of the root and of the block at work, and the float32 buffer of a reduction
-    batch: int  # the step's samples as they come from the loader
-    activations: int  # most alive at once in a microbatch's pass, inputs and temporaries too
-    activations_kept: int  # of a microbatch, alive between forward and backward
-    activations_sample: int  # most alive at once in the pass of one sample
-    optimizer: int  # temporaries of an optimiser step
-    training: int  # peak of a microbatch's pass: state, gathered, reducing, batch and activations
-    update: int  # peak of the optimiser step: state, batch and optimizer
-    total: int  # the larger of the two peaks
 
 
 @dataclass(frozen=True)
@@ -140,12 +106,7 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
         raise UserError(f"gpus and gpu-memory must be positive, got {gpus} and {gpu_memory:g}")
     mix = dataset.mixture(c.data, c.global_batch, gpus)
     microbatch = min(c.microbatch or mix.size, mix.size)
-    model = _build(c)
-    parameters = _parameters(model)
-    sharing = min(gpus, c.sharding.processes or gpus)  # GPUs that one copy of the weights is spread over
-    shard = sum(FLOAT32 * _largest_shard(p, sharing) for p in model.parameters())
-    trained = sum(FLOAT32 * _largest_shard(p, sharing) for p in model.parameters() if p.requires_grad)
-    optimizer = _count_optimizer(model, c.optimizer)
+    model = build(c)
     tokens: dict[str, int] = dict(getattr(c.model.network, "tokens", {}))
     try:
         one = _count_step(c, 1, tokens)
@@ -161,7 +122,17 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
         step=one.first_pass + one.forward + one.backward + one.recomputation,
     )
     local_batch = sum(tensor.nbytes for tensor in tree_leaves(_packed(c, mix.videos, mix.images)) if isinstance(tensor, Tensor))
-    memory = _memory(c, parameters, shard, trained, optimizer, local_batch, one, one if microbatch == 1 else other)
+    memory = device_memory.memory(
+        model,
+        c.optimizer,
+        c.precision,
+        one,
+        one if microbatch == 1 else other,
+        local_batch,
+        sharing=min(gpus, c.sharding.processes or gpus),
+        reshard=c.sharding.reshard,
+        averages=1 + len(c.ema.others),
+    )
     usable = round(gpu_memory * GIB * (1 - HEADROOM))
     room = usable - (memory.training - memory.activations) - one.peak  # for samples after the first
     largest = min(mix.size, max(0, 1 + math.floor(room * (second - 1) / (other.peak - one.peak))))
@@ -169,7 +140,7 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
         name=c.name,
         gpus=gpus,
         precision=c.precision,
-        parameters=parameters,
+        parameters=device_memory.count_parameters(model),
         tokens=tokens,
         computation=computation,
         memory=memory,
@@ -182,7 +153,8 @@ def count(c: TrainConfig, gpus: int = 8, gpu_memory: float = 80.0) -> Budget:
     )
 
 
-def _build(c: TrainConfig) -> Denoiser:
+def build(c: TrainConfig) -> Denoiser:
+    """The model of a run on the meta device, with what does not train frozen."""
     model = Denoiser(c.model, "meta")
     model.network.shard_blocks = c.sharding.blocks
     if c.finetune:
@@ -190,63 +162,13 @@ def _build(c: TrainConfig) -> Denoiser:
     return model
 
 
-def _parameters(model: Denoiser) -> Parameters:
-    components: dict[str, int] = {}
-    for name, p in model.named_parameters():
-        _, top, *below = name.split(".")  # the first is the network itself
-        component = f"{top}.{below[1]}" if below and below[0].isdigit() else top
-        components[component] = components.get(component, 0) + p.numel()
-    units = fsdp_units(model)
-    owner = {p: unit for unit in units for p in unit.parameters()}  # an outer unit comes before those within, which take over
-    held = {unit: finetuning.Share.of(p for p, its in owner.items() if its is unit) for unit in units}
-    roots = set(model.children())
-    root, blocks = [share for unit, share in held.items() if unit in roots], [s for unit, s in held.items() if unit not in roots]
-    return Parameters(
-        total=sum(components.values()),
-        trained=finetuning.Share.of(model.parameters()).trained,
-        components=components,
-        root_unit=sum(share.total for share in root),
-        largest_unit=max((share.total for share in blocks), default=0),
-        root_unit_trained=sum(share.trained for share in root),
-        largest_unit_trained=max((share.trained for share in blocks), default=0),
-    )
-
-
-def _largest_shard(p: Tensor, gpus: int) -> int:
-    """Numbers on the first GPU, which holds most: FSDP2 deals out rows."""
-    return math.ceil(p.shape[0] / gpus) * math.prod(p.shape[1:]) if p.ndim else 1
-
-
-@dataclass(frozen=True)
-class _OptimizerCount:
-    """Bytes per byte of weights that train."""
-
-    state: float
-    temporaries: float
-
-
-def _count_optimizer(model: Denoiser, config: OptimizerConfig) -> _OptimizerCount:
-    """Run the optimiser's first step on meta tensors, which makes its state before all else."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizers.build(trained, config)
-    gradients = [torch.empty_like(p) for p in trained]
-    for p, gradient in zip(trained, gradients, strict=True):
-        p.grad = gradient
-    meter = Meter()
-    meter.ignore([*trained, *gradients])
-    with meter:
-        optimizer.step()
-    weights = sum(p.nbytes for p in trained)
-    return _OptimizerCount(meter.live / weights, (meter.peak - meter.live) / weights)
-
-
 def _count_step(c: TrainConfig, samples: int, tokens: dict[str, int]) -> StepCount:
     """Count a pass of ``samples`` videos; the number of conditioning tokens goes into ``tokens``."""
-    model = _build(c)
+    model = build(c)
     for module in model.modules():
         if isinstance(module, ConditioningTokens):
             module.register_forward_hook(lambda _module, _inputs, output: tokens.update(conditioning=output[0].shape[1]))
-    inputs = partial(_unpacked, c, samples)
+    inputs = partial(example_batch, c, samples)
     return count_step(model, inputs, c.precision)
 
 
@@ -268,47 +190,9 @@ def _packed(c: TrainConfig, videos: int, images: int) -> batch.PackedBatch:
         )
 
 
-def _unpacked(c: TrainConfig, videos: int) -> batch.Batch:
+def example_batch(c: TrainConfig, videos: int) -> batch.Batch:
+    """A batch of so many videos on the meta device, as the model gets it."""
     return batch.unpack(_packed(c, videos, 0), c.data.frames)
-
-
-def _memory(
-    c: TrainConfig,
-    parameters: Parameters,
-    shard: int,
-    trained: int,
-    optimizer: _OptimizerCount,
-    local_batch: int,
-    one: StepCount,
-    microbatch: StepCount,
-) -> Memory:
-    compute = torch.empty(0, dtype=compute_dtype(c.precision)).element_size()
-    at_once = parameters.root_unit + 2 * parameters.largest_unit if c.sharding.reshard else parameters.total
-    gathered = compute * at_once
-    root, largest = parameters.root_unit_trained, parameters.largest_unit_trained
-    reducing = compute * (root + largest) + FLOAT32 * max(root, largest)
-    moments, temporaries = round(trained * optimizer.state), round(trained * optimizer.temporaries)
-    average = trained * (1 + len(c.ema.others))
-    state = shard + trained + moments + average
-    training = state + gathered + reducing + local_batch + microbatch.peak
-    update = state + local_batch + temporaries
-    return Memory(
-        weights=shard,
-        gradients=trained,
-        moments=moments,
-        average=average,
-        state=state,
-        gathered=gathered,
-        reducing=reducing,
-        batch=local_batch,
-        activations=microbatch.peak,
-        activations_kept=microbatch.kept,
-        activations_sample=one.peak,
-        optimizer=temporaries,
-        training=training,
-        update=update,
-        total=max(training, update),
-    )
 
 
 def _run(c: TrainConfig, mix: dataset.Mixture, gpus: int, microbatch: int, step_flops: int) -> Run:

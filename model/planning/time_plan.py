@@ -52,7 +52,7 @@ def predict(c: TrainConfig, gpus: int) -> list[TimePlan]:
     """
     mix = dataset.mixture(c.data, c.global_batch, gpus)
     microbatch = min(c.microbatch or mix.size, mix.size)
-    operations = trace_step(memory_plan._build(c), partial(memory_plan._unpacked, c, microbatch), c.precision)
+    operations = trace_step(memory_plan.build(c), partial(memory_plan.example_batch, c, microbatch), c.precision)
     update, sharing = trace_updates(c), min(gpus, c.sharding.processes or gpus)
     eager, fused = roofline.eager(operations), roofline.fused(operations)
     moved, launched = sum(o.bytes for o in update) / sharing, sum(o.launches for o in update)
@@ -78,7 +78,7 @@ def predict(c: TrainConfig, gpus: int) -> list[TimePlan]:
 
 def trace_updates(c: TrainConfig) -> list[Operation]:
     """What follows the gradients of a step, on whole weights: the optimiser's step and that of each average."""
-    weights: list[Tensor] = [p for p in memory_plan._build(c).parameters() if p.requires_grad]
+    weights: list[Tensor] = [p for p in memory_plan.build(c).parameters() if p.requires_grad]
     optimizer = optimizers.build(weights, c.optimizer)
     for p in weights:
         p.grad = torch.empty_like(p)

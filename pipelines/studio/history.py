@@ -11,7 +11,7 @@ from typing import Any
 import av
 
 from model import config, media
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 from model.media import Frames
 from pipelines.cascade import CascadeConfig
 from pipelines.sample import slug, tags

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 from model.registry import first_line
 from pipelines.cascade import CascadeConfig, Progress
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.studio import pages_data, render
 from pipelines.studio.history import Entry
 from pipelines.studio.state import Settings, Studio, Tab

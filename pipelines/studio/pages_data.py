@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 from pipelines.studio import render
 from pipelines.studio.shelf import LOST
 from pipelines.studio.state import Studio

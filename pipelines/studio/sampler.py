@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import replace
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.cascade import Cascade, CascadeConfig, Progress
 from pipelines.sample import made_by
 from pipelines.studio.history import History

@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.studio import pages, render, study
 from pipelines.studio.state import Studio, StudioConfig
 

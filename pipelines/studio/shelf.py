@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from streaming import LocalDataset
 
-from model.config import UserError
 from model.data.samples import View, decode_sample
 from model.data.schema import MANIFEST_NAME, Manifest
 from model.data.shards import INDEX_NAME, open_source
 from model.data.transfer import one_line
+from model.errors import UserError
 
 SCANNED = 5000  # samples that one page looks through: MDS reads whole samples, and a filter may find nothing
 # Tables of what was lost, as a page calls them: the file, and the columns that are shown.

@@ -8,7 +8,7 @@ from typing import Literal
 from PIL import Image
 
 from model import media, registry
-from model.config import UserError
+from model.errors import UserError
 from pipelines.cascade import CascadeConfig
 from pipelines.ranks import default_device
 from pipelines.studio.history import History

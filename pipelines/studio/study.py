@@ -21,7 +21,7 @@ from pathlib import Path
 
 from scipy.stats import norm
 
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 from pipelines.clips import made
 
 # The paper's criteria, in the order of its tables. It does not print the words that its raters read; these are ours.

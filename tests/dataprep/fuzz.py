@@ -19,7 +19,7 @@ import av
 
 from dataprep import ingest, limits, listing, partition
 from dataprep.filters import Rejected
-from model.config import UserError
+from model.errors import UserError
 
 MOST_SECONDS = 20
 MOST_MEGABYTES = 2048

@@ -22,8 +22,8 @@ from dataprep.filters import FilterConfig
 from dataprep.run import DataprepConfig, Work
 from dataprep.selection import SelectConfig
 from dataprep.shards import ShardConfig
-from model.config import UserError
 from model.data import transfer
+from model.errors import UserError
 from tests.dataprep.prepared import content, same, tables
 from tests.dataprep.servers import web
 

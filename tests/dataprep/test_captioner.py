@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 from dataprep import run
 from dataprep.captioner import Captioner, CaptionerConfig
 from model import text
-from model.config import UserError, load
+from model.config import load
+from model.errors import UserError
 from model.text import TextEncoder
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dataprep import disk
-from model.config import UserError
+from model.errors import UserError
 
 
 def test_a_set_on_disk_is_a_set() -> None:

@@ -16,8 +16,8 @@ from dataprep import fetch, ingest, listing, spans
 from dataprep.fetch import FAILED, REFUSED, FetchConfig
 from dataprep.filters import Rejected
 from dataprep.ingest import Item
-from model.config import UserError
 from model.data import transfer
+from model.errors import UserError
 from tests.dataprep.servers import Web, web
 from tests.dataprep.test_ingest import tar_of
 from tests.model.data.conftest import Server

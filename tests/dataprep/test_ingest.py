@@ -15,7 +15,7 @@ from dataprep import ingest, limits, listing, spans
 from dataprep.filters import Rejected
 from dataprep.ingest import Item
 from dataprep.spans import Span
-from model.config import UserError
+from model.errors import UserError
 
 Pairs = Callable[[Path, int], list[tuple[str, str]]]
 

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from dataprep import looks
 from dataprep.looks import Looks, LooksConfig
-from model.config import UserError
+from model.errors import UserError
 
 
 @pytest.mark.parametrize(("text", "size"), [("SALE -50% today only", 32), ("and then she said nothing", 22), ("SUBSCRIBE", 60)])

@@ -11,7 +11,7 @@ import pytest
 
 from dataprep import outputs
 from dataprep.shards import Outcome
-from model.config import UserError
+from model.errors import UserError
 
 OUTCOME = Outcome(1, 0, 0, {}, 1, {}, {})
 

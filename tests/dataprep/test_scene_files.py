@@ -18,7 +18,8 @@ from PIL import Image
 from dataprep import scene_files
 from dataprep.scene_files import Item, SceneFilesConfig, make, plan_items
 from dataprep.scenes import render
-from model.config import UserError, load
+from model.config import load
+from model.errors import UserError
 
 CODECS = {"libx264": "h264", "libx265": "hevc", "libvpx-vp9": "vp9", "libsvtav1": "av1"}
 CONTAINERS = {"mp4": "mp4", "mkv": "matroska", "webm": "webm"}

@@ -14,8 +14,8 @@ from dataprep.encode import StageConfig
 from dataprep.scores import Scores
 from dataprep.selection import SelectConfig
 from dataprep.shards import Account, ClipRow, Outcome, PartWriter, ShardConfig
-from model.config import UserError
 from model.data.schema import Kind, Manifest, TextManifest
+from model.errors import UserError
 
 STAGES = (StageConfig("stage1", 2, 3, "raw"), StageConfig("stage2", 2, 3, "raw"))
 GOOD = Scores(motion=0.1, sharpness=0.7, brightness=0.5)

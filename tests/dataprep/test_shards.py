@@ -14,8 +14,8 @@ from dataprep import outputs, selection, shards
 from dataprep.encode import StageConfig
 from dataprep.selection import SelectConfig
 from dataprep.shards import Account, ClipRow, Outcome, PartWriter, ShardConfig
-from model.config import UserError
 from model.data.schema import Kind, Manifest, TextManifest
+from model.errors import UserError
 
 STAGE = StageConfig("stage1", 2, 3, "raw")
 TEXT = TextManifest("t5", "abc", 4, "bfloat16", 8)

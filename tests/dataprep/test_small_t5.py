@@ -9,7 +9,8 @@ from torch.nn.functional import cosine_similarity
 
 from dataprep.scenes import PALETTE, draw_scene
 from dataprep.small_t5 import SmallT5Config, build, read_captions
-from model.config import UserError, load
+from model.config import load
+from model.errors import UserError
 from model.text import TextEncoder, revision
 
 YAML = str(Path(__file__).parents[2] / "yamls" / "small_t5.yaml")

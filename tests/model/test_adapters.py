@@ -14,10 +14,10 @@ from torch import nn
 
 from model import adapters, checkpoint, finetuning, optimizers, registry
 from model.adapters import AdaptersConfig
-from model.config import UserError
 from model.denoiser import Denoiser
 from model.diffusion.sampler import SamplerConfig
 from model.ema import EMA, EMAConfig
+from model.errors import UserError
 from model.finetuning import FinetuneConfig
 from model.generate import Request, generate
 from model.networks.conditioning import Conditioning

@@ -14,9 +14,9 @@ from torch import nn
 
 from model import checkpoint, config, provenance
 from model.checkpoint import Origin
-from model.config import UserError
 from model.data.schema import Manifest, TextManifest
 from model.denoiser import Denoiser, UpsamplerConfig
+from model.errors import UserError
 
 TEXT = TextManifest("t5", "r1", 6, "bfloat16", 5)
 MANIFESTS = {

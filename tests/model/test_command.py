@@ -9,7 +9,7 @@ import pytest
 
 from model import command
 from model.command import Flag
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def test_a_process_sees_the_exit_code(tmp_path: Path, path: str) -> None:
     script.write_text(
         "from dataclasses import dataclass\n"
         "from model import command\n"
-        "from model.config import UserError\n"
+        "from model.errors import UserError\n"
         "@dataclass(frozen=True)\n"
         "class Options:\n"
         "    name: str\n"

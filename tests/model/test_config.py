@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from model import config
-from model.config import UserError
+from model.errors import UserError
 
 
 @dataclass(frozen=True)

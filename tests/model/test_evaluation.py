@@ -11,12 +11,12 @@ from composer.core import Precision
 from composer.devices import DeviceCPU
 from torch import nn
 
-from model.config import UserError
 from model.data.dataset import build_loader
 from model.denoiser import Denoiser
 from model.diffusion import edm
 from model.diffusion.edm import DiffusionConfig
 from model.ema import EMA, EMAConfig
+from model.errors import UserError
 from model.evaluation import Evaluation, EvaluationConfig, band_losses, noise_bands, report, share
 from model.networks.conditioning import Conditioning
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from composer.devices import DeviceCPU
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.balance import Balance
-from model.config import RunError
 from model.denoiser import Denoiser
 from model.ema import EMA, EMAConfig
-from model.faults import WINDOW, FaultsConfig, History, StepGuard, Suspect, clip, fault, name_suspects, remedy
+from model.errors import RunError
+from model.faults import WINDOW, FaultsConfig, History, StepGuard, Suspect, fault, name_suspects, remedy
 from model.optimizers import AdamConfig, LAMBConfig, OptimizerConfig, build
 
 NAN, INFINITY = math.nan, math.inf
@@ -63,17 +63,6 @@ def test_what_is_usual_moves_with_the_loss_and_not_with_what_was_skipped() -> No
     for _ in range(10 * WINDOW):
         history = history.with_sound(4.0)
     assert history.mean == pytest.approx(4.0, rel=1e-4)
-
-
-@pytest.mark.parametrize("bound", [0.5, 1e6])
-def test_clipping_is_torchs(bound: float) -> None:
-    params = [nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5))]
-    gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) for p in params]
-    for p, gradient in zip(params, gradients, strict=True):
-        p.grad = gradient.clone()
-    norm = nn.utils.clip_grad_norm_(params, bound)
-    clip(gradients, norm, bound)
-    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(params, gradients, strict=True))
 
 
 def test_the_log_names_what_to_look_at_first() -> None:

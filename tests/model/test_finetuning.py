@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from model import checkpoint, config, finetuning, optimizers
-from model.config import UserError
 from model.denoiser import Denoiser
 from model.ema import EMA, EMAConfig
+from model.errors import UserError
 from model.faults import FaultsConfig, StepGuard
 from model.finetuning import FinetuneConfig, Share
 from model.optimizers import AdamConfig, LAMBConfig

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from model import media
-from model.config import UserError
+from model.errors import UserError
 
 
 def moving_square(count: int, height: int, width: int) -> np.ndarray:

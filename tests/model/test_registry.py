@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from model import registry
-from model.config import UserError
+from model.errors import UserError
 from model.registry import PublishConfig, TrackingConfig
 
 PUBLISH = PublishConfig("snap-stage1", "newest")

@@ -17,7 +17,7 @@ import torch
 from mlflow import MlflowClient
 
 from model import resume
-from model.config import UserError
+from model.errors import UserError
 from model.preemption import EXIT_PREEMPTED
 
 Trainings = Callable[..., Any]

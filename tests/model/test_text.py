@@ -8,7 +8,7 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from model import text
-from model.config import UserError
+from model.errors import UserError
 
 CAPTIONS = ["a red circle moves left", "red", "a blue square turns slowly on a green ground and then moves right"]
 

@@ -18,7 +18,7 @@ import pytest
 from mlflow import MlflowClient
 
 from model import tracking
-from model.config import RunError
+from model.errors import RunError
 from model.registry import PublishConfig, TrackingConfig
 from model.tracking import Tracking
 from pipelines.sync import main as sync

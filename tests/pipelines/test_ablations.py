@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model import config
-from model.config import UserError
+from model.errors import UserError
 from pipelines import ablations
 from pipelines.ablations import METRICS, AblationsConfig, Measured, VariantConfig
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines import benchmarks
 
 CLASSES = yaml.safe_load(benchmarks.CLASSES.read_text())

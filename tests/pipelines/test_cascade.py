@@ -11,10 +11,10 @@ from streaming import MDSWriter
 
 from model import media, text
 from model.codec import from_pixels
-from model.config import UserError
 from model.data import schema
 from model.data.schema import Manifest, TextManifest
 from model.diffusion.sampler import SamplerConfig
+from model.errors import UserError
 from pipelines.cascade import Cascade, CascadeConfig
 from pipelines.sample import SampleConfig, sample
 

@@ -7,7 +7,7 @@ import mlflow
 import numpy as np
 import pytest
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines import curves
 from pipelines.curves import CurvesConfig
 

@@ -10,7 +10,7 @@ import pytest
 
 from dataprep import scene_files
 from model import command, media
-from model.config import UserError
+from model.errors import UserError
 from pipelines.demo import DemoConfig, demo
 
 REPOSITORY = Path(__file__).parents[2]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from model import command, config, media, text
-from model.config import UserError
 from model.data import schema
 from model.data.batch import Sample
 from model.data.schema import Manifest, TextManifest
+from model.errors import UserError
 from model.registry import TrackingConfig
 from pipelines import unfinished
 from pipelines.clips import RealClips

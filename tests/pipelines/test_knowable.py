@@ -7,7 +7,7 @@ import torch
 
 from dataprep import moving_scenes as benchmark
 from model.codec import from_pixels
-from model.config import UserError
+from model.errors import UserError
 from pipelines import knowable
 from pipelines.clips import RealClips, captions
 from pipelines.judge import Said, parse

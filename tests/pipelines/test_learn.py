@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.learn import LearnConfig, learn
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines import learned
 from pipelines.cascade import Cascade
 from pipelines.learned import LearnedConfig

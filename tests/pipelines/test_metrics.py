@@ -9,7 +9,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.metrics import Extractor, ExtractorConfig, Frechet, inception_score
 
 

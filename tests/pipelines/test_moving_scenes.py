@@ -12,9 +12,9 @@ from streaming import MDSWriter
 from dataprep import moving_scenes as benchmark
 from dataprep.scenes import render
 from model import media, text
-from model.config import UserError
 from model.data import schema
 from model.data.schema import Manifest, TextManifest
+from model.errors import UserError
 from pipelines import moving_scenes
 from pipelines.moving_scenes import LEAST_SPREAD, Clip, Score, distance, features, score, table
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.clips import captions
 from pipelines.prompts import apportion, blocked_by, of_file
 

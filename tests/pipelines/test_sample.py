@@ -15,7 +15,7 @@ from PIL import Image
 
 from model import checkpoint, command, config, media
 from model.codec import PixelCodecConfig
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 from pipelines.cascade import Cascade, CascadeConfig
 from pipelines.sample import GivenConfig, SampleConfig, read_given, sample, slug
 

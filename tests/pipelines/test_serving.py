@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 from model import config, media
-from model.config import UserError
+from model.errors import UserError
 from model.registry import PublishConfig
 from pipelines.cascade import CascadeConfig
 from pipelines.sample import SampleConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from model import config
-from model.config import UserError
+from model.errors import UserError
 from pipelines.learned import LearnedConfig
 from pipelines.speeds import SpeedsConfig, VariantConfig, speeds
 

@@ -12,7 +12,7 @@ from gradio_client import Client
 from studio_app import HOSTILE, running, write_job, write_shards
 
 from model import command, media, registry
-from model.config import UserError
+from model.errors import UserError
 from model.registry import PublishConfig, TrackingConfig
 from pipelines.cascade import CascadeConfig
 from pipelines.studio.server import HEADERS, serve

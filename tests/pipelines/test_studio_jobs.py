@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import media
-from model.config import UserError
+from model.errors import UserError
 from pipelines.cascade import Cascade, CascadeConfig, Progress
 from pipelines.studio.history import History
 from pipelines.studio.jobs import Queue, Task

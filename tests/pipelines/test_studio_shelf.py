@@ -8,7 +8,7 @@ import pytest
 from streaming import LocalDataset
 from studio_app import HOSTILE, write_shards
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.studio import render, shelf
 from pipelines.studio.scratch import Scratch
 from pipelines.studio.shelf import Shelf

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from model.config import RunError, UserError
+from model.errors import RunError, UserError
 from pipelines.studio.study import QUESTIONS, Pair, StudyConfig, Votes, find_pairs, interval, order, preferences, to_csv
 
 JobWriter = Callable[..., Path]

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model import command, config
-from model.config import UserError
+from model.errors import UserError
 from pipelines.cascade import CascadeConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.metrics import ExtractorConfig

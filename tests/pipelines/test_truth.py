@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.judge import Said, Truth, judge, parse
 from pipelines.truth import COLOURS, DIRECTIONS, SHAPES, Reading, Seen, read
 

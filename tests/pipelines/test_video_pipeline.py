@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.config import UserError
+from model.errors import UserError
 from pipelines.cascade import CascadeConfig
 from pipelines.video_pipeline import VideoPipeline
 

@@ -10,10 +10,10 @@ from scipy import ndimage
 
 from model import media
 from model.codec import PixelCodecConfig
-from model.config import UserError
 from model.data.schema import Manifest
 from model.denoiser import ModelConfig
 from model.diffusion.sampler import SamplerConfig
+from model.errors import UserError
 from model.networks.fit.config import FITConfig
 from pipelines import watermark
 from pipelines.cascade import Cascade, CascadeConfig

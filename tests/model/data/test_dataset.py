@@ -16,8 +16,8 @@ from composer.core import Callback
 from composer.models import ComposerModel
 from composer.utils import reproducibility
 
-from model.config import UserError
 from model.data.dataset import Mixture, build_loader, manifests, mixture
+from model.errors import UserError
 
 VIDEOS, IMAGES = 37, 11
 

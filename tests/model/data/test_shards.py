@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from model.config import UserError
 from model.data.dataset import build_loader
 from model.data.shards import find_fault, open_source
+from model.errors import UserError
 
 
 def flip_a_byte(path: Path) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from streaming.base.dataset import _Iterator, _ShardState
 
-from model.config import UserError
 from model.data import transfer
 from model.data.dataset import build_loader
 from model.data.storage import Storage
+from model.errors import UserError
 
 
 def keys(loader) -> list[str]:

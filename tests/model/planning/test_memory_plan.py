@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from model import config
-from model.config import UserError
 from model.denoiser import Denoiser
-from model.planning import memory_plan
-from model.planning.memory_plan import FLOAT32, GIB, Budget
+from model.errors import UserError
+from model.planning import device_memory, memory_plan
+from model.planning.device_memory import FLOAT32
+from model.planning.memory_plan import GIB, Budget
 from model.train import TrainConfig
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
@@ -124,7 +125,7 @@ def test_whole_weights_are_those_of_the_blocks_at_work_or_all() -> None:
 @pytest.mark.parametrize("shape", [(1,), (5, 3), (64, 2), (130, 2, 3)])
 def test_the_first_gpu_holds_the_first_chunk(shape: tuple[int, ...], gpus: int) -> None:
     tensor = torch.empty(shape)
-    assert memory_plan._largest_shard(tensor, gpus) == torch.chunk(tensor, gpus)[0].numel()
+    assert device_memory.largest_shard(tensor, gpus) == torch.chunk(tensor, gpus)[0].numel()
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "adam"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from model import config
-from model.config import UserError
+from model.errors import UserError
 from model.planning import memory_plan, roofline, time_plan
 from model.planning.time_plan import TimePlan
 from model.train import TrainConfig
