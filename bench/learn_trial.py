@@ -39,7 +39,7 @@ from model.errors import UserError
 from model.networks.conditioning import Conditioning, measure_text
 from model.train import TrainConfig
 from pipelines.clips import RealClips
-from pipelines.learned import squared_error
+from pipelines.denoising import squared_error
 
 ROOT = Path(__file__).parents[1]
 NOISE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # sigma times sigma_in

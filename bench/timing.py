@@ -1,11 +1,11 @@
 """What the comparisons share: the clock."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -22,13 +22,16 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each piece of work in each of ``rounds``, in which they take turns; a round before them warms up."""
     times: dict[str, list[float]] = {name: [] for name in work}
-    with tqdm(total=(rounds + 1) * len(work), leave=False, disable=None) as bar:
-        for round_ in range(rounds + 1):
-            for name, body in work.items():
-                took = seconds(body, device)
-                bar.update()
-                if round_:
-                    times[name].append(took)
+    shown = sys.stderr.isatty()
+    for round_ in range(rounds + 1):
+        for number, (name, body) in enumerate(work.items(), start=1):
+            took = seconds(body, device)
+            if shown:
+                print(f"\r\033[Kround {round_} of {rounds}, {number} of {len(work)}", end="", file=sys.stderr, flush=True)
+            if round_:
+                times[name].append(took)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
     return times
 
 

@@ -24,17 +24,18 @@ from model import command, config, media, text
 from model.codec import PixelCodec, from_pixels, to_pixels
 from model.data import batch
 from model.data.samples import derived_seed
-from model.denoiser import Denoiser
 from model.diffusion import edm
 from model.errors import UserError
 from model.generate import Request, draw, generate
 from model.networks.conditioning import Conditioning
 from pipelines.cascade import Cascade, CascadeConfig
 from pipelines.clips import RealClips, captions
+from pipelines.denoising import squared_error
 from pipelines.judge import SPEED, WORDS, parse, reworded
 from pipelines.knowable import Knowable
-from pipelines.moving_scenes import Clip, Score, distance, score, table
+from pipelines.moving_scenes import distance, table
 from pipelines.ranks import default_device
+from pipelines.scoring import Clip, Score, score
 
 _T = TypeVar("_T")
 
@@ -271,19 +272,6 @@ def reachable(c: LearnedConfig, asked: Sequence[Example]) -> Sequence[float | No
             of_level.append(float((mean - real).double().square().mean()))
         errors.append(float(np.mean(of_level)))
     return errors
-
-
-def squared_error(denoiser: Denoiser, x: Tensor, eps: Tensor, sigma: Tensor, told: Conditioning) -> Tensor:
-    """(B,) mean of (D - x)^2 without the padding, of a network used as samplers use it.
-
-    ``x`` and ``eps`` are (B, T, C, H, W) in model space, ``sigma`` (B,).
-    """
-    x_sigma = edm.process(denoiser.config.diffusion, told.is_image).add_noise(x, eps, sigma)
-    estimate, latents = denoiser.denoise(x_sigma, sigma, told, None)
-    if denoiser.config.self_conditioning:
-        estimate, _ = denoiser.denoise(x_sigma, sigma, told, latents)
-    mask = denoiser.codec.mask(x.device)
-    return ((estimate - x) * mask).double().square().mean(dim=(1, 2, 3, 4)) / mask.mean()
 
 
 def upsampling(c: LearnedConfig, cascade: Cascade, asked: Sequence[Example]) -> Upsampling:

@@ -22,23 +22,32 @@ class Record:
                 self.rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        self._write("w", self.rows)
+        self._rewrite()
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The row with exactly this key, or None."""
         return next((row for row in self.rows if row["key"] == key), None)
 
-    def add(self, key: Mapping[str, Any], **values: Any) -> None:
-        """Keep a row, in the file at once, and print it."""
+    def add(self, key: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+        """Keep a row, in the file at once, print it and return it."""
         row = {"key": dict(key), **values}
         self.rows.append(row)
-        self._write("a", [row])
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         named = " ".join(map(str, key.values()))
         print(f"  {named}: " + ", ".join(f"{name} {_short(value)}" for name, value in values.items()), flush=True)
+        return row
 
-    def _write(self, mode: str, rows: list[dict[str, Any]]) -> None:
-        with self.path.open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.rows = []
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        """In one go, so that a kill leaves either the old file or the new one."""
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        fresh.replace(self.path)
 
 
 def _short(value: Any) -> str:

@@ -6,7 +6,8 @@ that change sizes, and ``GPUSemantics`` takes them over: autocast, fused attenti
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, cast
@@ -175,8 +176,7 @@ def run_step(
 ) -> None:
     """Run ``model.loss(model(batch), batch)`` with ``batch = inputs()``, and its backward pass, on meta tensors.
 
-    Parameters take the dtype that they have while FSDP2 computes with them, and the inputs of each of its units are cast as it
-    does. A parameter's gradient counts as gone as soon as it is complete: then it is reduced into the sharded gradients.
+    A parameter's gradient counts as gone as soon as it is complete: then it is reduced into the sharded gradients.
 
     Args:
         model: on the meta device, with a method ``loss`` such as Composer's models have; its parameters' dtype changes.
@@ -185,20 +185,43 @@ def run_step(
         observer: sees every operation.
         between: called after the forward pass.
     """
-    compute = compute_dtype(precision)
-    model.to(compute)
     parameters = list(model.parameters())
-    hooks = [unit.register_forward_pre_hook(partial(_cast_inputs, compute), with_kwargs=True) for unit in fsdp_units(model)]
-    hooks += [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters if p.requires_grad]
-    observer.ignore(parameters)
-    try:
-        with observer, GPUSemantics(None if precision == "fp32" else compute):
+    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters if p.requires_grad]
+    with gathered_dtypes(model, precision):
+        observer.ignore(parameters)
+        with observer, GPUSemantics(None if precision == "fp32" else compute_dtype(precision)):
             observer.phase = "forward"
             batch = inputs()
             objective = cast(Any, model).loss(model(batch), batch)
             between()
             observer.phase = "backward"
-            torch.autograd.backward(objective)  # objective.backward() would leave GPUSemantics, which recomputation needs
+            _backward(objective)
+    for hook in hooks:
+        hook.remove()
+
+
+def _backward(objective: Tensor) -> None:
+    """``objective.backward()`` that stays within ``GPUSemantics``, which recomputation needs.
+
+    ``Tensor.backward`` leaves every function mode while it runs, and so does ``torch.autograd.backward`` since torch 2.7.
+    """
+    ones = torch.ones_like(objective)
+    torch.autograd.graph._engine_run_backward(
+        (objective,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+@contextmanager
+def gathered_dtypes(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Within, parameters have the dtype in which FSDP2 gathers them, and the inputs of each of its units are cast as it does.
+
+    Afterwards nothing casts inputs any more; the parameters stay as they are.
+    """
+    compute = compute_dtype(precision)
+    model.to(compute)
+    hooks = [unit.register_forward_pre_hook(partial(_cast_inputs, compute), with_kwargs=True) for unit in fsdp_units(model)]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()

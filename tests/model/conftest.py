@@ -1,5 +1,7 @@
 """What the model's tests share: small networks and what they are told, and small real datasets (MDS shards with a manifest)."""
 
+import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -73,16 +75,38 @@ def tiny_unet() -> UNetConfig:
     return TINY_UNET
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on other devices, too, so that ``-m device`` selects it."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()) and item.get_closest_marker("cpu_only") is None:
+            item.add_marker(pytest.mark.device)
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The device of the environment variable TEST_DEVICE, by default the CPU; within, tensors are made on it.
+
+    What is drawn from a generator comes from the CPU's: the numbers are then the same everywhere.
+    """
+    chosen = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    with chosen if chosen.type != "cpu" else contextlib.nullcontext():
+        yield chosen
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 @pytest.fixture
 def conditioning() -> Callable[..., Conditioning]:
     """``conditioning(batch, dtype=..., **changes)``: videos and images in turn, captions of 1 to 5 tokens."""
 
     def build(batch: int, dtype: torch.dtype = torch.float32, **changes: torch.Tensor) -> Conditioning:
         generator = torch.Generator().manual_seed(5)
+        text = torch.randn(batch, 5, 6, generator=generator, device="cpu")
         rates = torch.tensor([24.0, float("inf"), 12.0, 8.0])
         given = Conditioning(
             c_noise=torch.linspace(-1.5, 1, batch),
-            text=torch.randn(batch, 5, 6, generator=generator).to(dtype),
+            text=text.to(torch.get_default_device(), dtype),
             text_mask=torch.arange(5) < torch.tensor([3, 5, 1, 4] * batch)[:batch, None],
             frame_rate=rates.repeat(batch)[:batch],
             resolution=torch.tensor([[36.0, 64.0], [720.0, 1280.0]]).repeat(batch, 1)[:batch],

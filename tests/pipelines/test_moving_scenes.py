@@ -15,8 +15,9 @@ from model import media, text
 from model.data import schema
 from model.data.schema import Manifest, TextManifest
 from model.errors import UserError
-from pipelines import moving_scenes
-from pipelines.moving_scenes import LEAST_SPREAD, Clip, Score, distance, features, score, table
+from pipelines import moving_scenes, scoring
+from pipelines.moving_scenes import LEAST_SPREAD, distance, table
+from pipelines.scoring import Clip, Score, features, score
 
 
 def clips(number: int, seed: int, frame_rate: float = 12, frames: int = 16) -> list[Clip]:
@@ -48,7 +49,7 @@ def test_counts_and_intervals() -> None:
     assert rates(mixed)["background"] == (20, 20)
     assert rates(mixed)["shape"] == rates(mixed)["all"] == (15, 20)
     assert next(rate.unread for rate in mixed.rates if rate.name == "shape") == 5
-    rate = moving_scenes._rate("of a table in a book", 95, 0, 100)  # Wilson's interval of 95 in 100
+    rate = scoring._rate("of a table in a book", 95, 0, 100)  # Wilson's interval of 95 in 100
     assert (rate.low, rate.high) == pytest.approx((0.8882, 0.9785), abs=1e-4)
 
 

@@ -23,7 +23,8 @@ FIT_3900M_UP = replace(FIT_3900M, size=(16, 288, 512), group=(16, 18, 16), posit
 
 def previous(batch: int, config: FITConfig) -> Tensor:
     shape = (batch, config.latent_tokens, config.latent_width)
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    drawn = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2), device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def expected_parameters(c: FITConfig) -> int:

@@ -25,10 +25,10 @@ def test_a_convolution_is_over_the_grid_of_patches_whatever_the_groups(build_fit
     expected = torch.empty_like(patches)
     frames, rows, columns = config.grid
     for channel in range(config.patch_width):
-        grid = patches[..., channel].reshape(2, frames, rows, columns).numpy()
-        kernel = layer.convolution.weight[channel, 0].detach().numpy()
+        grid = patches[..., channel].reshape(2, frames, rows, columns).cpu().numpy()
+        kernel = layer.convolution.weight[channel, 0].detach().cpu().numpy()
         found = np.stack([ndimage.correlate(one, kernel, mode="constant") for one in grid])
-        expected[..., channel] = torch.from_numpy(found).flatten(1) + layer.convolution.bias[channel].detach()
+        expected[..., channel] = torch.from_numpy(found).flatten(1).to(expected) + layer.convolution.bias[channel].detach()
     torch.testing.assert_close(layer(network._to_groups(patches)), network._to_groups(expected))
 
 
@@ -138,6 +138,7 @@ def test_a_clip_block_carries_what_one_frame_shows_to_the_others(build_fit, tiny
     assert (moved > 1e-6).all() and len(moved) == 4
 
 
+@pytest.mark.cpu_only
 def test_convolutions_in_bfloat16_give_nearly_the_same_and_leave_the_rest_in_float32(
     build_fit, tiny, video, conditioning
 ) -> None:

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from model.networks.layers import Attention, FeedForward, LayerNorm, ScalarEmbedding, activate, init_linear, reset_parameters
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def ready(module: nn.Module) -> nn.Module:
     """In float64, with every parameter away from its neutral value."""
@@ -138,7 +140,7 @@ def test_a_head_width_that_does_not_divide_is_named() -> None:
         Attention(12, 8, 5)
 
 
-def test_layer_norm_in_bfloat16_is_that_of_float32_rounded_once() -> None:
+def test_layer_norm_in_bfloat16_is_that_of_float32_rounded_once(device) -> None:
     """So autocast's casts to float32 and back change nothing, and the norm does without them."""
     torch.manual_seed(0)
     layer = LayerNorm(64).bfloat16()
@@ -146,9 +148,9 @@ def test_layer_norm_in_bfloat16_is_that_of_float32_rounded_once() -> None:
         nn.init.normal_(p)
     x = torch.randn(50, 64).bfloat16()
     raised = functional.layer_norm(x.float(), (64,), layer.weight.float(), layer.bias.float()).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         assert torch.equal(layer(x), raised)
-        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled(device.type)
 
 
 def test_layer_norm_without_autocast_is_torch_s() -> None:

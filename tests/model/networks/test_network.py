@@ -37,7 +37,8 @@ def previous(batch: int, config: NetworkConfig) -> Tensor | None:
     if not config.carries_latents:
         return None
     shape = (batch, config.latent_tokens, config.latent_width)
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    drawn = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2), device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def moved(after: Tensor, before: Tensor) -> Tensor:
@@ -175,9 +176,9 @@ def test_it_compiles_whole(small, build, video, conditioning, checkpoint: bool) 
     torch.testing.assert_close(*results)
 
 
-def test_it_compiles_whole_under_autocast_with_dropout(small, video, conditioning) -> None:
+def test_it_compiles_whole_under_autocast_with_dropout(small, video, conditioning, device) -> None:
     """As it trains on a GPU: weights of bfloat16, as FSDP gathers them, and everything that the layers do about that."""
-    network = catalogue.build(replace(small, dropout=0.5)).bfloat16()
+    network = catalogue.build(replace(small, dropout=0.5), device).bfloat16()
     told, clip, latents = conditioning(2), video(2, small).bfloat16(), previous(2, small)
     latents = None if latents is None else latents.bfloat16()
     torch._dynamo.reset()
@@ -186,7 +187,7 @@ def test_it_compiles_whole_under_autocast_with_dropout(small, video, conditionin
     for forward in (compiled, network):
         torch.manual_seed(5)  # what is dropped
         network.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             output = forward(clip, told, latents).video
         output.float().square().sum().backward()
         results.append([output, *(p.grad for p in network.parameters() if p.grad is not None)])
