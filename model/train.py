@@ -132,6 +132,10 @@ def train(c: TrainConfig) -> None:
     dist.initialize_dist(device, timeout=1800.0)
     if device.name == "cpu":
         torch.set_num_threads(cpu_threads(dist.get_local_world_size()))
+        if c.precision != "fp32":  # what is logged and published is what ran
+            if dist.get_global_rank() == 0:
+                print(f"precision: {c.precision} needs a GPU; on CPUs this run computes in fp32", flush=True)
+            c = replace(c, precision="fp32")
     preemption = Preemption()
     reproducibility.seed_all(c.seed)
     manifests = dataset.manifests(c.data)
@@ -168,8 +172,7 @@ def train(c: TrainConfig) -> None:
     ema = EMA(c.ema)
     followers = [ema, Balance(denoiser.levels)] if denoiser.levels else [ema]
     guard = StepGuard(c.faults, c.clip_norm, followers, Path(c.folder, c.name, "faults"), checkpoints)
-    precision = c.precision if device.name == "gpu" else "fp32"
-    planned = memory_plan.count(replace(c, precision=precision), dist.get_world_size()).memory.total
+    planned = memory_plan.count(c, dist.get_world_size()).memory.total
     callbacks = [preemption, guard, Telemetry(c.telemetry, guard, c.data.frame_rates, memory, planned), *guard.followers]
     callbacks += [ProgressBar(c.name, c.schedule.steps)]
     callbacks += [LRMonitor(), SpeedMonitor(window_size=20)]
@@ -190,7 +193,7 @@ def train(c: TrainConfig) -> None:
         parallelism_config=sharding.parallelism(c.sharding),
         max_duration=f"{c.schedule.steps}ba",
         device_train_microbatch_size=c.microbatch or c.global_batch // dist.get_world_size(),
-        precision=precision,
+        precision=c.precision,
         run_name=c.name,
         seed=c.seed,
         load_path=None if found.newest is None else str(found.newest),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
@@ -33,7 +34,7 @@ def test_cores_are_shared_out_unless_the_environment_says_otherwise(monkeypatch:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, training: Runs) -> Any:
     run = training(tmp_path_factory.mktemp("uninterrupted"))
-    run.finish(run.start())
+    run.finish(run.start("precision=amp_bf16"))
     return run
 
 
@@ -43,6 +44,11 @@ def test_a_run_trains_tracks_and_publishes(uninterrupted: Any) -> None:
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["optimizer.lr"] == "0.01"
+    # It was started with amp_bf16, which no CPU runs: what is logged and published is what ran.
+    assert run.data.params["precision"] == "fp32"
+    assert "precision: amp_bf16 needs a GPU; on CPUs this run computes in fp32" in uninterrupted.log
+    folder = uninterrupted.folder / "tiny" / f"model-step-{uninterrupted.steps:07d}"
+    assert yaml.safe_load((folder / checkpoint.CONFIG).read_text())["precision"] == "fp32"
     losses = [metric.value for metric in client.get_metric_history(run.info.run_id, "loss/train/total")]
     assert len(losses) == uninterrupted.steps and losses[-1] < losses[0]
     assert {"throughput/samples_per_sec", "lr-LAMB/group0"} <= set(run.data.metrics)
