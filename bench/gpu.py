@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = subprocess.run([*worker("header"), *words], env=environment(given.device, given.tiny), capture_output=True, text=True)
     if found.returncode:
         return refuse(last_line(found.stderr))
-    limits, common = {**LIMITS, **ALONE}, json.loads(found.stdout)
+    limits, common = {**LIMITS, **ALONE}, json.loads(last_line(found.stdout))
     try:
         before = outcomes_before(given.out, common)
     except ValueError as error:

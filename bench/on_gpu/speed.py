@@ -44,6 +44,10 @@ class Rival:
         torch.manual_seed(0)
         self.subject, self.device, self.precision = subject, device, precision
         self.denoiser = Denoiser(subject.model, device)
+        with torch.no_grad():
+            for p in self.denoiser.parameters():
+                if not p.any():  # a U-Net starts with a head of zeros; its gradients would be, and a GPU is faster on zeros
+                    p.normal_(std=0.02)
         counted = count_step(Denoiser(subject.model, "meta"), functools.partial(batch_of, subject.model, 1, "meta"), precision)
         training = counted.first_pass + counted.forward + counted.backward + counted.recomputation
         self.flops = {"training": training, "sampling": counted.forward}  # of one video

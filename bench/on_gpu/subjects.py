@@ -109,7 +109,7 @@ def evaluation_of(model: ModelConfig, batch: dict[str, Any]) -> tuple[Tensor, Te
         low, corruption = (
             (torch.randn(videos, frames, 3, height, width), torch.zeros(videos)) if model.upsampler else (None, None)
         )
-        carried = torch.zeros(videos, network.latent_tokens, network.latent_width) if isinstance(network, FITConfig) else None
+        carried = torch.randn(videos, network.latent_tokens, network.latent_width) if isinstance(network, FITConfig) else None
     told = Conditioning(
         sigma.log() / 4, batch["text"], batch["text_mask"], batch["frame_rate"], batch["resolution"], low, corruption
     )

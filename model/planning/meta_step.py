@@ -187,17 +187,19 @@ def run_step(
     """
     parameters = list(model.parameters())
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters if p.requires_grad]
-    with gathered_dtypes(model, precision):
-        observer.ignore(parameters)
-        with observer, GPUSemantics(None if precision == "fp32" else compute_dtype(precision)):
-            observer.phase = "forward"
-            batch = inputs()
-            objective = cast(Any, model).loss(model(batch), batch)
-            between()
-            observer.phase = "backward"
-            _backward(objective)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with gathered_dtypes(model, precision):
+            observer.ignore(parameters)
+            with observer, GPUSemantics(None if precision == "fp32" else compute_dtype(precision)):
+                observer.phase = "forward"
+                batch = inputs()
+                objective = cast(Any, model).loss(model(batch), batch)
+                between()
+                observer.phase = "backward"
+                _backward(objective)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _backward(objective: Tensor) -> None:
