@@ -59,7 +59,8 @@ class Rival:
         return captured(step) if graph else step
 
     def _train(self, clips: dict[str, Any], graph: bool) -> None:
-        self.denoiser.train()
+        if not self.denoiser.training:
+            self.denoiser.train()
         # Training draws from a generator for each sample, which a graph cannot capture.
         draws = SharedDraws(len(clips["seed"]), self.device) if graph else None
         with self._autocast():
@@ -71,7 +72,8 @@ class Rival:
         x, sigma, told, carried = evaluation_of(self.subject.model, clips)
 
         def evaluate() -> Tensor:
-            self.denoiser.eval()
+            if self.denoiser.training:  # to say so each time would take the host some of a single clip's milliseconds
+                self.denoiser.eval()
             with torch.no_grad(), self._autocast():
                 return self.denoiser.denoise(x, sigma, told, carried)[0]
 
