@@ -156,6 +156,7 @@ def report(rows):
     return ["slept"]
 """
 BREAKS = """
+import os
 def run(record, device, tiny, seconds_left):
     for number in range(3):
         if record.find(number=number) is None:
